@@ -1,0 +1,721 @@
+"""Soft actor-critic (SAC) with a learned temperature, Haarnoja et al. 2018, arXiv 1812.05905.
+
+A stochastic actor π is paid for reward and for entropy. Twin critics Q₁, Q₂ estimate both; the smaller of
+their slow copies Q̄ makes the target, so that the actor cannot exploit the optimism of one critic.
+
+    y   = r + γ (1 − d) (min_i Q̄_i(s', a') − α log π(a'|s')),   a' ~ π(·|s')      (1)
+    L_Q = Σ_i mean (Q_i(s, a) − y)²                                               (2)
+    L_π = mean (α log π(a|s) − min_i Q_i(s, a)),                a ~ π(·|s)        (3)   Q constant
+    L_α = −log α · mean (log π(a|s) + H̄),                       H̄ = −dim(A)       (4)
+    Q̄   ← Q̄ + τ (Q − Q̄)                                                           (5)
+
+All gradients are those of the state before the update, then applied together, as in the authors' code. The
+paper's temperature loss is linear in α, the code's in log α; we follow the code (with Adam only the transient
+differs). Actions are in [−1, 1] everywhere in this file, so that log π and H̄ never depend on a task's units.
+
+    python algos/sac.py                      # InvertedPendulum-v5, 10 000 steps: two minutes on a laptop
+    python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 5_000
+    python algos/sac.py --resume runs/<run>  # goes on where it stopped and ends in the same bits
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGO = Path(__file__).stem
+CHECKPOINT_FORMAT = 1
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Natural = Annotated[int, (0, 2**31 - 1)]
+Fraction = Annotated[float, (0, 1)]
+Rate = Annotated[float, (0, math.inf)]
+
+
+class BadInput(ValueError):
+    """The user's mistake: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check_ranges(args: object) -> None:
+    """Raise BadInput for the first field of a dataclass outside the range in its annotation."""
+    for field in dataclasses.fields(args):
+        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
+        for low, high in limits:
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            require(low <= value <= high and value < math.inf, field.name, value, allowed)
+
+
+@dataclass
+class Run:
+    """The task, the loop around the agent and what it leaves on disk; the same in every file."""
+
+    env_id: str = "InvertedPendulum-v5"
+    """Gymnasium id; package.module:Name-v0 imports the module that registers it."""
+    seed: Natural = 1
+    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
+    total_timesteps: Count = 10_000
+    """Environment steps, warm-up included."""
+    learning_starts: Count = 1_000
+    """Uniformly random actions before the first update (SAC's authors: 1 000 to 10 000)."""
+    batch_size: Count = 256
+    """Transitions per update (Haarnoja et al. 2018)."""
+    buffer_size: Count = 1_000_000
+    """Replay capacity in transitions (Haarnoja et al. 2018); at most total_timesteps are allocated."""
+    eval_every: Count = 1_000
+    """Steps between evaluations (ours, for short tasks; 5 000 is the custom for runs of a million)."""
+    eval_episodes: Count = 10
+    """Episodes per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)."""
+    log_every: Count = 100
+    """Steps between TensorBoard points; only then are metrics read and checked to be finite (ours)."""
+    checkpoint_every: Count = 5_000
+    """Steps after which the next episode's end writes a checkpoint (ours)."""
+    runs_dir: str = "runs"
+    """Parent of the run folders."""
+    resume: str = ""
+    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    num_threads: Count = 2
+    """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        warm_up = f"at most --learning-starts {self.learning_starts} (the first batch comes from the warm-up)"
+        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
+        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
+        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
+        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
+        usable = self.device != "cuda" or torch.cuda.is_available()
+        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
+
+
+@dataclass
+class SAC:
+    """Soft actor-critic."""
+
+    gamma: Fraction = 0.99
+    """Discount factor γ (Haarnoja et al. 2018)."""
+    tau: Fraction = 0.005
+    """Polyak step τ of the target critics (Haarnoja et al. 2018)."""
+    actor_lr: Rate = 3e-4
+    """Adam step size of the actor (Haarnoja et al. 2018)."""
+    critic_lr: Rate = 3e-4
+    """Adam step size of the critics (Haarnoja et al. 2018)."""
+    alpha_lr: Rate = 3e-4
+    """Adam step size of log α (Haarnoja et al. 2018)."""
+    init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0
+    """First temperature α (authors' code)."""
+    target_entropy: float | None = None
+    """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
+    hidden: Count = 256
+    """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        finite = self.target_entropy is None or math.isfinite(self.target_entropy)
+        require(finite, "target_entropy", self.target_entropy, "finite, or None for -dim(A)")
+
+
+@dataclass
+class Args(Run, SAC):
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        SAC.__post_init__(self)
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
+
+    Each member starts like nn.Linear: U(±1/√inputs).
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """With `frozen` the weights are constants: the gradient flows to x alone."""
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
+            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
+
+
+class Critic(nn.Module):
+    """Twin action values: obs [B, n], action [B, m] -> [2, B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(StackedLinear(2, *size) for size in sizes)
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        x = torch.cat([obs, action], 1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = layer(x, frozen).relu_()
+        return self.layers[-1](x, frozen).squeeze(2)
+
+
+class Actor(nn.Module):
+    """Gaussian squashed by tanh into [−1, 1]; log σ is clamped to [−20, 2] as in the authors' code."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim, hidden), (hidden, hidden), (hidden, 2 * action_dim)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> mean and log σ before the squash, each [B, m]."""
+        x = self.layers[1](self.layers[0](obs).relu_()).relu_()
+        mean, log_std = self.layers[2](x).chunk(2, 1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> reparameterised action [B, m] and its log π [B]."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), squashed_log_prob(noise, log_std, u)
+
+
+def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+    """log π of tanh(u) for u = μ + σ·noise, summed over the action's dimensions: [B, m] each -> [B].
+
+    log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)) stays exact where tanh saturates.
+    """
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(1)
+
+
+def soft_target(
+    reward: Tensor, done: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor, gamma: float
+) -> Tensor:
+    """r + γ (1 − d) (q' − α log π'), all [B]: equations 2 and 3 of arXiv 1812.05905."""
+    assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
+    return reward + gamma * (1 - done) * (next_q - alpha * next_log_prob)
+
+
+def twin_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the batch, sum over the critics: q [2, B], target [B] -> scalar."""
+    assert q.shape[1:] == target.shape
+    return (q - target).square().mean(1).sum()
+
+
+def soft_actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """mean (α log π − min_i Q_i): q [2, B], log_prob [B] -> scalar."""
+    assert q.shape[1:] == log_prob.shape
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """−log α · mean (log π + H̄): α falls while the entropy −log π is above H̄. log_prob [B] -> scalar."""
+    return -log_alpha * (log_prob.detach() + target_entropy).mean()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
+
+    Raises BadInput if it would take more than 90 % of the available memory.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes, available = 4 * sum(self.widths) + 4, available_memory(device)
+        fits = f"at most {int(0.9 * available / row_bytes)} with {available / 1e9:.1f} GB of memory available"
+        require(capacity * row_bytes <= 0.9 * available, "buffer_size", capacity, fits)
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = self.rows[: self.size].clone(), self.episode[: self.size].clone()
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
+class Agent:
+    """Soft actor-critic: actor, twin critics, their slow copies, the temperature."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.device = args, device
+        self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
+        self.actor = Actor(obs_dim, action_dim, args.hidden).to(device)
+        self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
+        self.critic_target = Critic(obs_dim, action_dim, args.hidden).to(device).requires_grad_(False)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.log_alpha = torch.tensor(math.log(args.init_alpha), device=device, requires_grad=True)
+        groups = [
+            {"params": list(self.actor.parameters()), "lr": args.actor_lr},
+            {"params": list(self.critic.parameters()), "lr": args.critic_lr},
+            {"params": [self.log_alpha], "lr": args.alpha_lr},
+        ]
+        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for all is faster
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
+        x = torch.as_tensor(obs, device=self.device)[None]
+        action = self.actor(x)[0].tanh() if deterministic else self.actor.sample(x)[0]
+        return action[0].cpu().numpy()
+
+    def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """One gradient step. Metrics stay tensors: reading one would stall a GPU."""
+        args, alpha = self.args, self.log_alpha.detach().exp()
+        batch = buffer[buffer.sample(args.batch_size)]
+        with torch.no_grad():
+            next_action, next_log_prob = self.actor.sample(batch.next_obs)
+            next_q = self.critic_target(batch.next_obs, next_action).amin(0)
+            target = soft_target(
+                batch.reward, batch.terminated, next_q, next_log_prob, alpha, args.gamma
+            )  # (1)
+        q = self.critic(batch.obs, batch.action)
+        critic_loss = twin_loss(q, target)  # (2)
+
+        action, log_prob = self.actor.sample(batch.obs)
+        actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
+        alpha_loss = temperature_loss(self.log_alpha, log_prob, self.target_entropy)  # (4)
+
+        self.optimizer.zero_grad()
+        (critic_loss + actor_loss + alpha_loss).backward()  # no parameter is in two of them
+        self.optimizer.step()
+        polyak(self.critic_target, self.critic, args.tau)  # (5)
+        return {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/alpha_loss": alpha_loss.detach(),
+            "losses/alpha": alpha,
+            "losses/entropy": -log_prob.detach().mean(),
+        }
+
+    def state_dict(self) -> dict:
+        """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
+        parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
+        return {k: v.detach() if isinstance(v, Tensor) else v.state_dict() for k, v in parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            part = getattr(self, name)
+            part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):  # Linux
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -> gym.Env:
+    """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
+
+    Raises BadInput for an unknown id and for spaces that this family cannot serve.
+    """
+    try:
+        env = gym.make(env_id, render_mode=None if video_dir is None else "rgb_array")
+    except (gym.error.Error, ImportError) as error:
+        require(
+            False, "env_id", env_id, f"a Gymnasium environment that can be made: {str(error).splitlines()[0]}"
+        )
+    observations, actions = env.observation_space, env.action_space
+    require(
+        isinstance(observations, gym.spaces.Box),
+        "env_id",
+        env_id,
+        f"with Box observations, not {observations}",
+    )
+    continuous = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+    bounded = continuous and len(actions.shape) == 1 and actions.is_bounded()
+    require(bounded, "env_id", env_id, f"with a bounded, continuous, flat Box of actions, not {actions}")
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+    if video_dir is None:
+        return env
+    try:
+        env.reset()
+        env.render()
+        return gym.wrappers.RecordVideo(
+            env, str(video_dir), lambda i: i == 0, name_prefix=video_name, disable_logger=True
+        )
+    except Exception as error:  # every renderer fails in its own way
+        raise BadInput(f"--capture-video: rendering must work here: {str(error).splitlines()[0]}") from error
+
+
+def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
+    """env.step as float32 and float. Raises BadInput if the task returns anything that is not finite."""
+    obs, reward, terminated, truncated, _ = env.step(action)
+    for name, value in (("reward", reward), ("observation", obs)):
+        if not np.isfinite(value).all():
+            raise BadInput(f"step {step}: the task's {name} must be finite, got {value}")
+    return np.asarray(obs, np.float32), float(reward), bool(terminated), bool(truncated)
+
+
+def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
+    """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
+    env = make_env(args.env_id, video_dir, f"step-{step}")
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, done = np.asarray(env.reset(seed=None if episode else args.seed + 100)[0], np.float32), False
+        while not done:
+            obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
+            returns[episode] += reward
+            lengths[episode] += 1
+            done = terminated or truncated
+    env.close()
+    stats = {"return_mean": returns.mean(), "return_std": returns.std(), "length_mean": lengths.mean()}
+    return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temporary file, fsync, rename: the path always holds the old bytes or the new. Raises RunFailed."""
+    try:
+        with open(path.with_name(path.name + ".tmp"), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    write_atomically(run_dir / "eval.csv", ("\n".join(lines) + "\n").encode())
+
+
+def write_args(run_dir: Path, args: "Args") -> None:
+    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version(), **versions}
+    write_atomically(run_dir / "args.json", json.dumps(record | {"git_commit": commit}, indent=2).encode())
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
+    flat = torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]
+    for keys, leaf in flat:
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            raise RunFailed(f"step {state['step']}: {'.'.join(str(k.key) for k in keys)} is not finite")
+    data = io.BytesIO()
+    torch.save(state, data)
+    new = path.with_suffix(".new.pt")
+    write_atomically(new, data.getbuffer())
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous.pt"))
+    os.replace(new, path)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():  # killed between the two renames of save_checkpoint
+        path = path.with_suffix(".previous.pt")
+    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = (state["algo"], state["format"])
+    except Exception as error:  # damaged files raise many types
+        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
+        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
+    ours = (ALGO, CHECKPOINT_FORMAT)
+    require(
+        found == ours,
+        "resume",
+        run_dir,
+        f"a run of {ours[0]}, format {ours[1]}, not {found[0]}, format {found[1]}",
+    )
+    return state
+
+
+@contextlib.contextmanager
+def staged(run_dir: Path):
+    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
+    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
+    try:
+        try:
+            hidden.mkdir(parents=True)
+        except OSError as error:
+            writable = f"a folder that can be written: {error.strerror}"
+            require(False, "runs_dir", run_dir.parent, writable)
+        yield hidden
+        hidden.rename(run_dir)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in parents:
+                parent.rmdir()
+        raise
+
+
+def train(args: "Args") -> Path:
+    """Start or resume a run and return its folder.
+
+    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
+    """
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    env = make_env(args.env_id)
+    env.reset(seed=args.seed)
+    task_rng = env.unwrapped.np_random.bit_generator
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), *dims, device)
+    agent = Agent(args, *dims, device)
+    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
+
+    def seconds() -> float:
+        return round(seconds_before + time.perf_counter() - started, 2)
+
+    def evaluate_into(folder: Path) -> None:
+        row = evaluate(agent, args, step, folder / "videos" if args.capture_video else None)
+        rows.append(row | {"seconds": seconds()})
+        write_evaluations(folder, rows)
+        tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")
+
+    def save(path: Path) -> None:
+        """At an episode's end the task's state is its generator alone, so resuming is exact."""
+        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
+        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
+        cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+        state |= {
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+            "task_rng": json.dumps(task_rng.state),
+        }
+        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
+
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = load_checkpoint(run_dir)
+        for name, value in saved["args"].items():
+            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
+            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
+            require(given == value or name == "resume" or longer, name, given, allowed)
+        if (run_dir / "final.pt").exists() and saved["args"]["total_timesteps"] == args.total_timesteps:
+            print(f"{run_dir} is complete: {args.total_timesteps} steps")
+            return run_dir
+        (run_dir / "final.pt").unlink(missing_ok=True)
+        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
+        agent.load_state_dict(saved["agent"])
+        buffer.load_state_dict(saved["buffer"])
+        torch.set_rng_state(saved["torch_rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        task_rng.state = json.loads(saved["task_rng"])
+        write_args(run_dir, args)
+        write_evaluations(run_dir, rows)
+        print(f"resuming {run_dir} at step {step}")
+        del saved
+    else:
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
+        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
+            evaluate_into(folder)
+            write_args(folder, args)
+            save(folder / "checkpoint.pt")
+
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def log(scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
+            writer.add_scalar(name, value, step)
+
+    def log_evaluation() -> None:
+        log(
+            {"eval/episodic_return": rows[-1]["return_mean"], "eval/episodic_length": rows[-1]["length_mean"]}
+        )
+
+    last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
+    try:
+        if step == 0:
+            log_evaluation()
+        obs = np.asarray(env.reset()[0], np.float32)
+        while step < args.total_timesteps:
+            step += 1
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated = take_step(env, action, step)
+            buffer.add(obs, action, reward, next_obs, terminated, episode)
+            obs, episode_return = next_obs, episode_return + reward
+            metrics = {} if warm_up else agent.update(buffer, step)
+            bar.update()
+
+            if step % args.log_every == 0:
+                speed = (step - last_log) / (time.perf_counter() - last_time)
+                log(metrics | {"charts/SPS": speed, "time/seconds": seconds()})
+                last_log, last_time = step, time.perf_counter()
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                before = time.perf_counter()
+                evaluate_into(run_dir)
+                log_evaluation()
+                log({"time/evaluation": time.perf_counter() - before})
+                last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
+            if terminated or truncated:
+                log(
+                    {"charts/episodic_return": episode_return, "charts/episodic_length": step - episode_start}
+                )
+                bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
+                episode, episode_return, episode_start = episode + 1, 0.0, step
+                if step - last_save >= args.checkpoint_every:
+                    writer.flush()
+                    save(run_dir / "checkpoint.pt")
+                    last_save = step
+                obs = np.asarray(env.reset()[0], np.float32)
+        save(run_dir / "final.pt")
+    finally:
+        bar.close()
+        writer.close()
+        env.close()
+        if not (run_dir / "final.pt").exists():
+            print(
+                f"stopped at step {step}; to continue: python {sys.argv[0]} --resume {run_dir}",
+                file=sys.stderr,
+            )
+    print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
+    return run_dir
+
+
+def parse(argv: list[str] | None = None) -> "Args":
+    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
+
+    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
+    """
+    groups = [
+        (g.__name__, tyro.conf.OmitArgPrefixes[g], dataclasses.field(default_factory=g))
+        for g in Args.__bases__
+    ]
+    flags = dataclasses.make_dataclass("Flags", groups)
+
+    def cli(defaults: dict) -> Args:
+        values = {
+            g.__name__: g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__
+        }
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(**values))
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            text = " ".join(line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:])
+            text = re.split("Argument helptext|For full helptext", text)[0]
+            raise BadInput(re.sub(r"^ *Error parsing \w+: ", "", re.sub(r"\s+", " ", text)).strip()) from None
+        return Args(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+
+    args = cli(dataclasses.asdict(Args()))
+    if not args.resume:
+        return args
+    try:
+        saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"--resume {args.resume}: must be a run folder with a readable args.json") from error
+    return cli({**dataclasses.asdict(Args()), **saved, "resume": args.resume})
+
+
+def main() -> None:
+    sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 1 << 28)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        train(parse())
+    except (BadInput, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -394,16 +394,9 @@ def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -
     try:
         env = gym.make(env_id, render_mode=None if video_dir is None else "rgb_array")
     except (gym.error.Error, ImportError) as error:
-        require(
-            False, "env_id", env_id, f"a Gymnasium environment that can be made: {str(error).splitlines()[0]}"
-        )
-    observations, actions = env.observation_space, env.action_space
-    require(
-        isinstance(observations, gym.spaces.Box),
-        "env_id",
-        env_id,
-        f"with Box observations, not {observations}",
-    )
+        require(False, "env_id", env_id, f"a task that can be made: {str(error).splitlines()[0]}")
+    space, actions = env.observation_space, env.action_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     continuous = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     bounded = continuous and len(actions.shape) == 1 and actions.is_bounded()
     require(bounded, "env_id", env_id, f"with a bounded, continuous, flat Box of actions, not {actions}")
@@ -413,9 +406,8 @@ def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -
     try:
         env.reset()
         env.render()
-        return gym.wrappers.RecordVideo(
-            env, str(video_dir), lambda i: i == 0, name_prefix=video_name, disable_logger=True
-        )
+        options = {"name_prefix": video_name, "disable_logger": True}
+        return gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, **options)
     except Exception as error:  # every renderer fails in its own way
         raise BadInput(f"--capture-video: rendering must work here: {str(error).splitlines()[0]}") from error
 
@@ -519,8 +511,7 @@ def staged(run_dir: Path):
         try:
             hidden.mkdir(parents=True)
         except OSError as error:
-            writable = f"a folder that can be written: {error.strerror}"
-            require(False, "runs_dir", run_dir.parent, writable)
+            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
         yield hidden
         hidden.rename(run_dir)
     except BaseException:
@@ -564,12 +555,8 @@ def train(args: "Args") -> Path:
         """At an episode's end the task's state is its generator alone, so resuming is exact."""
         state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
         state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
-        cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-        state |= {
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": cuda,
-            "task_rng": json.dumps(task_rng.state),
-        }
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else []}
         save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
 
     if args.resume:
@@ -579,7 +566,8 @@ def train(args: "Args") -> Path:
             given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
             allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
             require(given == value or name == "resume" or longer, name, given, allowed)
-        if (run_dir / "final.pt").exists() and saved["args"]["total_timesteps"] == args.total_timesteps:
+        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
             print(f"{run_dir} is complete: {args.total_timesteps} steps")
             return run_dir
         (run_dir / "final.pt").unlink(missing_ok=True)
@@ -612,9 +600,7 @@ def train(args: "Args") -> Path:
             writer.add_scalar(name, value, step)
 
     def log_evaluation() -> None:
-        log(
-            {"eval/episodic_return": rows[-1]["return_mean"], "eval/episodic_length": rows[-1]["length_mean"]}
-        )
+        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
 
     last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
     try:
@@ -642,9 +628,8 @@ def train(args: "Args") -> Path:
                 log({"time/evaluation": time.perf_counter() - before})
                 last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
             if terminated or truncated:
-                log(
-                    {"charts/episodic_return": episode_return, "charts/episodic_length": step - episode_start}
-                )
+                length = step - episode_start
+                log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
                 bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
                 episode, episode_return, episode_start = episode + 1, 0.0, step
                 if step - last_save >= args.checkpoint_every:
@@ -658,10 +643,8 @@ def train(args: "Args") -> Path:
         writer.close()
         env.close()
         if not (run_dir / "final.pt").exists():
-            print(
-                f"stopped at step {step}; to continue: python {sys.argv[0]} --resume {run_dir}",
-                file=sys.stderr,
-            )
+            again = f"python {sys.argv[0]} --resume {run_dir}"
+            print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
     print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
     return run_dir
 
@@ -671,20 +654,15 @@ def parse(argv: list[str] | None = None) -> "Args":
 
     With --resume the defaults are the run's own arguments, so that only what was typed can differ.
     """
-    groups = [
-        (g.__name__, tyro.conf.OmitArgPrefixes[g], dataclasses.field(default_factory=g))
-        for g in Args.__bases__
-    ]
-    flags = dataclasses.make_dataclass("Flags", groups)
+    groups = Args.__bases__
+    flags = dataclasses.make_dataclass("Flags", [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in groups])
 
     def cli(defaults: dict) -> Args:
-        values = {
-            g.__name__: g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__
-        }
+        values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in groups]
         box = io.StringIO()
         try:
             with contextlib.redirect_stderr(box):
-                parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(**values))
+                parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise

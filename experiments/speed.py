@@ -1,12 +1,12 @@
 """Environment steps per second of an algorithm's real loop, beside Stable-Baselines3 and SBX.
 
-    python experiments/speed.py                                     # sac.py, the peers that are installed, 1 and 2 threads
+    python experiments/speed.py                       # sac.py and installed peers, 1 and 2 threads
     python experiments/speed.py --algo sac_mve --env-id InvertedPendulum-v5 --peers -- --horizon 3
 
-Same task, networks (256 x 256), batch (256), one update per step and threads for all; each measurement is a process
-of its own, rounds alternate between the contestants, and only ratios inside one table mean something: the same
-machine can be a third slower a minute later. Also the share of an update's time spent in matrix products, which is
-how far the floor is. Peers: pip install -e '.[bench]'.
+Same task, networks (256 x 256), batch (256), one update per step and threads for all. Each measurement is a
+process of its own and rounds alternate between the contestants: only ratios inside one table mean something,
+the same machine can be a third slower a minute later. Also printed: the share of an update that is spent in
+matrix products, that is, how far the floor is. Peers: pip install -e '.[bench]'.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def main() -> None:
     for peer in set(args.peers) - set(peers):
         print(f"{peer} is not installed: skipped (pip install -e '.[bench]')")
     print(
-        f"{args.algo} {' '.join(args.extra)} on {args.env_id}, {args.rounds} rounds of {args.steps} steps, median steps/s"
+        f"{args.algo} {' '.join(args.extra)} on {args.env_id}, medians of {args.rounds} x {args.steps} steps"
     )
     print(f"{'threads':>8} {'contestant':>12} {'steps/s':>9} {'ours / theirs':>14}   rounds")
     for threads in args.threads:
@@ -202,9 +202,8 @@ def main() -> None:
             )
     for threads in args.threads:
         milliseconds, products = product_share(args.algo, args.env_id, threads, args.extra)
-        print(
-            f"update, {threads} threads: {milliseconds:.1f} ms, {products:.1f} ms in matrix products ({products / milliseconds:.0%})"
-        )
+        share = f"{products:.1f} ms in matrix products ({products / milliseconds:.0%})"
+        print(f"one update on {threads} threads: {milliseconds:.1f} ms, {share}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,961 @@
+"""Soft actor-critic with model-based value expansion (SAC-MVE): the critic expansion of Palenicek et al.
+2023, arXiv 2303.03955, after Feinberg et al. 2018, arXiv 1803.00101.
+
+sac.py's critic target looks one real step ahead. Here a learned model p̂ and the policy imagine H further
+steps from s', and the target critics are trusted only where the imagined trajectory ends:
+
+    â_t ~ π(·|ŝ_t),  (ŝ_{t+1}, r̂_t, d̂_t) ~ p̂(·|ŝ_t, â_t),  ŝ_0 = s'
+    y_H = min_i Q̄_i(ŝ_H, â_H)                                                                   (1a)
+    y_t = r̂_t + γ (1 − d̂_t) (y_{t+1} − α log π(â_{t+1}|ŝ_{t+1})),   t = H−1 .. 0                (1b)
+    y   = r + γ (1 − d) (y_0 − α log π(â_0|ŝ_0))                                                (1c)
+
+(1c) is sac.py's soft target and (1b) the same function applied to imagined steps, so that H = 0 is sac.py bit
+for bit. Only imagined actions carry entropy; a step that terminates pays its reward and nothing after counts.
+The model is an ensemble of Gaussians and a termination classifier, trained on the replay beside the agent:
+
+    L_p̂ = mean Σ_j ((δ_j − μ_j)² / σ_j² + log σ_j²) + 0.01 Σ_j (max_j − min_j),  δ = (s' − s, r)  (6)
+    L_d̂ = binary cross-entropy of d given (s, a, s')                                            (7)
+
+(2) to (5) are sac.py's. --tdk also regresses the critics at the imagined pairs, each on its own y_t (8).
+Where the released code differs (Retrace form of the target, known termination functions, a schedule for
+128 environments) and what we chose: docs/sac_mve.md.
+
+    python algos/sac_mve.py --horizon 3              # InvertedPendulum-v5: solved within minutes
+    python algos/sac_mve.py --horizon 1 --env-id Hopper-v5 --total-timesteps 100_000 --learning-starts 5_000
+    python algos/sac_mve.py --resume runs/<run>      # goes on where it stopped, in the same bits
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGO = Path(__file__).stem
+CHECKPOINT_FORMAT = 1
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Natural = Annotated[int, (0, 2**31 - 1)]
+Fraction = Annotated[float, (0, 1)]
+Rate = Annotated[float, (0, math.inf)]
+
+
+class BadInput(ValueError):
+    """The user's mistake: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check_ranges(args: object) -> None:
+    """Raise BadInput for the first field of a dataclass outside the range in its annotation."""
+    for field in dataclasses.fields(args):
+        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
+        for low, high in limits:
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            require(low <= value <= high and value < math.inf, field.name, value, allowed)
+
+
+@dataclass
+class Run:
+    """The task, the loop around the agent and what it leaves on disk; the same in every file."""
+
+    env_id: str = "InvertedPendulum-v5"
+    """Gymnasium id; package.module:Name-v0 imports the module that registers it."""
+    seed: Natural = 1
+    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
+    total_timesteps: Count = 10_000
+    """Environment steps, warm-up included."""
+    learning_starts: Count = 1_000
+    """Uniformly random actions before the first update (SAC's authors: 1 000 to 10 000)."""
+    batch_size: Count = 256
+    """Transitions per update (Haarnoja et al. 2018)."""
+    buffer_size: Count = 1_000_000
+    """Replay capacity in transitions (Haarnoja et al. 2018); at most total_timesteps are allocated."""
+    eval_every: Count = 1_000
+    """Steps between evaluations (ours, for short tasks; 5 000 is the custom for runs of a million)."""
+    eval_episodes: Count = 10
+    """Episodes per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)."""
+    log_every: Count = 100
+    """Steps between TensorBoard points; only then are metrics read and checked to be finite (ours)."""
+    checkpoint_every: Count = 5_000
+    """Steps after which the next episode's end writes a checkpoint (ours)."""
+    runs_dir: str = "runs"
+    """Parent of the run folders."""
+    resume: str = ""
+    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    num_threads: Count = 2
+    """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        warm_up = f"at most --learning-starts {self.learning_starts} (the first batch comes from the warm-up)"
+        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
+        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
+        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
+        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
+        usable = self.device != "cuda" or torch.cuda.is_available()
+        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
+
+
+@dataclass
+class SAC:
+    """Soft actor-critic."""
+
+    gamma: Fraction = 0.99
+    """Discount factor γ (Haarnoja et al. 2018)."""
+    tau: Fraction = 0.005
+    """Polyak step τ of the target critics (Haarnoja et al. 2018)."""
+    actor_lr: Rate = 3e-4
+    """Adam step size of the actor (Haarnoja et al. 2018)."""
+    critic_lr: Rate = 3e-4
+    """Adam step size of the critics (Haarnoja et al. 2018)."""
+    alpha_lr: Rate = 3e-4
+    """Adam step size of log α (Haarnoja et al. 2018)."""
+    init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0
+    """First temperature α (authors' code)."""
+    target_entropy: float | None = None
+    """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
+    hidden: Count = 256
+    """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        finite = self.target_entropy is None or math.isfinite(self.target_entropy)
+        require(finite, "target_entropy", self.target_entropy, "finite, or None for -dim(A)")
+
+
+@dataclass
+class Expansion:
+    """Value expansion with a learned model."""
+
+    horizon: Natural = 3
+    """Imagined steps H of the critic target; 0 is sac.py (the paper studies 0 to 30)."""
+    num_particles: Count = 1
+    """Imagined trajectories averaged per target (Palenicek et al. 2023, ablation)."""
+    tdk: bool = False
+    """TD-k trick: regress the critics at imagined pairs too (Feinberg et al. 2018)."""
+    members: Count = 5
+    """Networks in the ensemble (Palenicek et al. 2023)."""
+    model_layers: Count = 4
+    """Hidden layers of each (Palenicek et al. 2023)."""
+    model_hidden: Count = 256
+    """Units in each hidden layer of the model (Palenicek et al. 2023)."""
+    model_lr: Rate = 3e-4
+    """Adam step size of the model (Palenicek et al. 2023)."""
+    model_warm_up: Natural = 500
+    """Model updates before the first critic update (ours; released: 200 epochs of the warm-up)."""
+    model_updates: Natural = 0
+    """Model updates per step; 0 is one per 32 768 stored transitions, from 1 to 4 (ours)."""
+    normalize_every: Count = 1_000
+    """Steps between refreshes of the mean and deviation that normalise the model's inputs (ours)."""
+    diagnose_every: Count = 500
+    """Steps between measurements of the model on held-out episodes; a multiple of log_every (ours)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass
+class Args(Run, SAC, Expansion):
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        SAC.__post_init__(self)
+        Expansion.__post_init__(self)
+        logged = self.diagnose_every % self.log_every == 0
+        require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
+
+    Each member starts like nn.Linear: U(±1/√inputs).
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """With `frozen` the weights are constants: the gradient flows to x alone."""
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
+            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
+
+
+class Critic(nn.Module):
+    """Twin action values: obs [B, n], action [B, m] -> [2, B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(StackedLinear(2, *size) for size in sizes)
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        x = torch.cat([obs, action], 1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = layer(x, frozen).relu_()
+        return self.layers[-1](x, frozen).squeeze(2)
+
+
+class Actor(nn.Module):
+    """Gaussian squashed by tanh into [−1, 1]; log σ is clamped to [−20, 2] as in the authors' code."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim, hidden), (hidden, hidden), (hidden, 2 * action_dim)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> mean and log σ before the squash, each [B, m]."""
+        x = self.layers[1](self.layers[0](obs).relu_()).relu_()
+        mean, log_std = self.layers[2](x).chunk(2, 1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> reparameterised action [B, m] and its log π [B]."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), squashed_log_prob(noise, log_std, u)
+
+
+def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+    """log π of tanh(u) for u = μ + σ·noise, summed over the action's dimensions: [B, m] each -> [B].
+
+    log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)) stays exact where tanh saturates.
+    """
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(1)
+
+
+def soft_target(
+    reward: Tensor, done: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor, gamma: float
+) -> Tensor:
+    """r + γ (1 − d) (q' − α log π'), all [B]: equations 2 and 3 of arXiv 1812.05905."""
+    assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
+    return reward + gamma * (1 - done) * (next_q - alpha * next_log_prob)
+
+
+def twin_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the batch, sum over the critics: q [2, B], target [B] -> scalar."""
+    assert q.shape[1:] == target.shape
+    return (q - target).square().mean(1).sum()
+
+
+def soft_actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """mean (α log π − min_i Q_i): q [2, B], log_prob [B] -> scalar."""
+    assert q.shape[1:] == log_prob.shape
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """−log α · mean (log π + H̄): α falls while the entropy −log π is above H̄. log_prob [B] -> scalar."""
+    return -log_alpha * (log_prob.detach() + target_entropy).mean()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
+
+    Raises BadInput if it would take more than 90 % of the available memory.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes, available = 4 * sum(self.widths) + 4, available_memory(device)
+        fits = f"at most {int(0.9 * available / row_bytes)} with {available / 1e9:.1f} GB of memory available"
+        require(capacity * row_bytes <= 0.9 * available, "buffer_size", capacity, fits)
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = self.rows[: self.size].clone(), self.episode[: self.size].clone()
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
+class GaussianEnsemble(nn.Module):
+    """Diagonal Gaussians over (s' − s, r) given (s, a), one network per member, trained and sampled together.
+
+    Inputs are normalised and clipped to ±5 deviations, so that a diverging rollout grows at most linearly;
+    outputs are in the task's units. Log-variances are softly bounded, the bounds learned (arXiv 1805.12114).
+    """
+
+    def __init__(self, members: int, obs_dim: int, action_dim: int, layers: int, hidden: int):
+        super().__init__()
+        sizes = [obs_dim + action_dim, *[hidden] * layers, 2 * (obs_dim + 1)]
+        self.layers = nn.ModuleList(StackedLinear(members, *size) for size in pairwise(sizes))
+        self.max_log_var = nn.Parameter(torch.full((obs_dim + 1,), 0.5))
+        self.min_log_var = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+        self.members = members
+
+    def fit_normalizer(self, obs: Tensor) -> None:
+        """Mean and deviation of obs [N, n]; a constant dimension keeps deviation 1."""
+        self.mean.copy_(obs.mean(0))
+        std = obs.std(0, correction=0)
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) / self.std).clamp(-5, 5)
+
+    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [E, B, n], action [E, B, m] -> mean and log-variance of (s' − s, r), each [E, B, n + 1]."""
+        x = torch.cat([self.normalize(obs), action], 2)
+        for layer in self.layers[:-1]:
+            x = layer(x).relu_()
+        mean, log_var = self.layers[-1](x).chunk(2, 2)
+        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
+        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
+
+    def step(self, obs: Tensor, action: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
+        """obs [B, n], action [B, m] -> sampled next obs [B, n] and reward [B]; without noise the means.
+
+        Each row goes through one random member: a random permutation deals the rows out evenly, which costs
+        1/E of evaluating all members; unlike independent draws it is exactly balanced.
+        """
+        places = -(-len(obs) // self.members) * self.members
+        order = torch.randperm(places, device=obs.device)
+        rows, back = order % len(obs), order.argsort()[: len(obs)]
+        stack = (self.members, places // self.members, -1)
+        outputs = self(obs[rows].view(stack), action[rows].view(stack))
+        mean, log_var = (x.flatten(0, 1)[back] for x in outputs)
+        delta = mean + (0.5 * log_var).exp() * torch.randn_like(mean) if noise else mean
+        return obs + delta[:, :-1], delta[:, -1]
+
+
+class Termination(nn.Module):
+    """Logit of the termination of (s, a, s'), observations normalised: [B, n], [B, m], [B, n] -> [B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 64):
+        super().__init__()
+        sizes = [(2 * obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        x = torch.cat([obs, action, next_obs], 1)
+        return self.layers[2](self.layers[1](self.layers[0](x).relu_()).relu_()).squeeze(1)
+
+
+def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
+    """Σ_j (target − mean)² / σ² + log σ², log σ² = log_var: [E, B, k] each -> [E, B] (no ½, as released)."""
+    assert mean.shape == log_var.shape == target.shape
+    return ((target - mean).square() * (-log_var).exp() + log_var).sum(2)
+
+
+def held_out_windows(buffer: ReplayBuffer, length: int) -> Tensor:
+    """First places of up to 256 random windows of `length` transitions inside one held-out episode: [W]."""
+    oldest = buffer.added % buffer.size if buffer.added > buffer.capacity else 0
+    age = torch.arange(max(buffer.size - length + 1, 0), device=buffer.rows.device)
+    first, last = (oldest + age) % buffer.size, (oldest + age + length - 1) % buffer.size
+    whole = buffer.episode[first] == buffer.episode[last]
+    found = first[whole & held_out(buffer.episode[first])]
+    return found[torch.randperm(len(found), device=found.device)[:256]]
+
+
+def held_out(episode: Tensor) -> Tensor:
+    """Every tenth episode, from the second on, never trains the model: episode numbers [B] -> bool [B]."""
+    return episode % 10 == 1
+
+
+class Rollout(NamedTuple):
+    """H imagined steps for B states; each list holds one tensor per step, the first three also the end's."""
+
+    obs: list[Tensor]  # H + 1 of [B, n]
+    action: list[Tensor]  # H + 1 of [B, m]
+    log_prob: list[Tensor]  # H + 1 of [B]
+    reward: list[Tensor]  # H of [B]
+    done: list[Tensor]  # H of [B], 0 or 1
+
+
+def expand(reward: list, done: list, log_prob: list, next_q: Tensor, alpha: Tensor, gamma: float) -> Tensor:
+    """(1a, 1b): H rewards and dones, H + 1 log π, y_H = next_q, all [B] -> y_0 .. y_H [H + 1, B]."""
+    values = [next_q]
+    for t in reversed(range(len(reward))):
+        values.append(soft_target(reward[t], done[t], values[-1], log_prob[t + 1], alpha, gamma))
+    return torch.stack(values[::-1])
+
+
+def tdk_loss(critic_loss: Tensor, q: Tensor, target: Tensor, alive: Tensor) -> Tensor:
+    """(8): (the real pair's loss + Σ_t mean over living rows of (Q_i − y_t)²) / H, arXiv 1803.00101, eq. 4.
+
+    q [2, H, B] at imagined pairs, target and alive [H, B] -> scalar, on twin_loss's scale.
+    """
+    assert q.shape[1:] == target.shape == alive.shape
+    imagined = ((q - target).square() * alive).sum(2) / alive.sum(1).clamp_min(1)
+    return (critic_loss + imagined.sum()) / max(len(target), 1)
+
+
+class Agent:
+    """Soft actor-critic whose critics learn from targets expanded by a learned model."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.device = args, device
+        self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
+        self.actor = Actor(obs_dim, action_dim, args.hidden).to(device)
+        self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
+        self.critic_target = Critic(obs_dim, action_dim, args.hidden).to(device).requires_grad_(False)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.log_alpha = torch.tensor(math.log(args.init_alpha), device=device, requires_grad=True)
+        groups = [
+            {"params": list(self.actor.parameters()), "lr": args.actor_lr},
+            {"params": list(self.critic.parameters()), "lr": args.critic_lr},
+            {"params": [self.log_alpha], "lr": args.alpha_lr},
+        ]
+        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for all is faster
+        if args.horizon == 0:  # no model, no random number drawn for it: the very same run as sac.py
+            return
+        sizes = (args.model_layers, args.model_hidden)
+        self.model = GaussianEnsemble(args.members, obs_dim, action_dim, *sizes).to(device)
+        self.termination = Termination(obs_dim, action_dim).to(device)
+        model_parameters = [*self.model.parameters(), *self.termination.parameters()]
+        self.model_optimizer = optim.Adam(model_parameters, lr=args.model_lr, fused=True)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
+        x = torch.as_tensor(obs, device=self.device)[None]
+        action = self.actor(x)[0].tanh() if deterministic else self.actor.sample(x)[0]
+        return action[0].cpu().numpy()
+
+    def predict_termination(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Logit [B] that the step from obs [B, n] to next_obs [B, n] ended the episode."""
+        return self.termination(self.model.normalize(obs), action, self.model.normalize(next_obs))
+
+    def imagine(self, obs: Tensor) -> Rollout:
+        """H steps of policy and model from obs [B, n]; a termination is certain (p > ½) or none."""
+        action, log_prob = self.actor.sample(obs)
+        rollout = Rollout([obs], [action], [log_prob], [], [])
+        for _ in range(self.args.horizon):
+            next_obs, reward = self.model.step(obs, action)
+            rollout.done.append((self.predict_termination(obs, action, next_obs) > 0).float())
+            rollout.reward.append(reward)
+            obs = next_obs
+            action, log_prob = self.actor.sample(obs)
+            for values, value in zip(rollout[:3], (obs, action, log_prob), strict=True):
+                values.append(value)
+        return rollout
+
+    def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """One gradient step of the agent after those of the model. Metrics stay tensors, for a GPU's sake."""
+        args, alpha = self.args, self.log_alpha.detach().exp()
+        metrics = self.update_model(buffer, step) if args.horizon > 0 else {}
+        batch = buffer[buffer.sample(args.batch_size)]
+        reward, terminated = (
+            batch.reward.repeat(args.num_particles),
+            batch.terminated.repeat(args.num_particles),
+        )
+        with torch.no_grad():
+            rollout = self.imagine(batch.next_obs.repeat(args.num_particles, 1))
+            next_q = self.critic_target(rollout.obs[-1], rollout.action[-1]).amin(0)
+            values = expand(
+                rollout.reward, rollout.done, rollout.log_prob, next_q, alpha, args.gamma
+            )  # (1a, 1b)
+            target = soft_target(
+                reward, terminated, values[0], rollout.log_prob[0], alpha, args.gamma
+            )  # (1c)
+            target = target.view(args.num_particles, -1).mean(0)
+        q = self.critic(batch.obs, batch.action)
+        critic_loss = twin_loss(q, target)  # (2)
+        if args.tdk and args.horizon > 0:
+            alive = torch.stack([1 - terminated, *(1 - done for done in rollout.done[:-1])]).cumprod(0)
+            imagined = self.critic(torch.cat(rollout.obs[:-1]), torch.cat(rollout.action[:-1]))
+            critic_loss = tdk_loss(critic_loss, imagined.view(2, *alive.shape), values[:-1], alive)  # (8)
+
+        action, log_prob = self.actor.sample(batch.obs)
+        actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
+        alpha_loss = temperature_loss(self.log_alpha, log_prob, self.target_entropy)  # (4)
+
+        self.optimizer.zero_grad()
+        (critic_loss + actor_loss + alpha_loss).backward()  # no parameter is in two of them
+        if args.horizon > 0 and step % args.diagnose_every == 0:
+            metrics |= self.diagnose(buffer, reward, terminated, rollout)
+        self.optimizer.step()
+        polyak(self.critic_target, self.critic, args.tau)  # (5)
+        return metrics | {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/alpha_loss": alpha_loss.detach(),
+            "losses/alpha": alpha,
+            "losses/entropy": -log_prob.detach().mean(),
+        }
+
+    def update_model(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """The model's gradient steps of this environment step; its normaliser changes only before them."""
+        args, first = self.args, step == self.args.learning_starts + 1
+        if first or step % args.normalize_every == 0:
+            train = ~held_out(buffer.episode[: buffer.size])
+            self.model.fit_normalizer(buffer[train.nonzero().squeeze(1)].obs)
+        updates = args.model_updates or min(4, -(-buffer.size // 32_768))
+        for _ in range(updates + first * args.model_warm_up):
+            metrics = self.fit_model(buffer)
+        return metrics
+
+    def fit_model(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
+        """One gradient step of model and classifier, a minibatch per member; held-out rows weigh 0."""
+        at = buffer.sample(self.args.members * self.args.batch_size)
+        batch, train = buffer[at], (~held_out(buffer.episode[at])).float()
+        stack = (self.args.members, self.args.batch_size, -1)
+        mean, log_var = self.model(batch.obs.reshape(stack), batch.action.reshape(stack))
+        target = torch.cat([batch.next_obs - batch.obs, batch.reward[:, None]], 1).view(stack)
+        nll = gaussian_nll(mean, log_var, target)
+        bounds = (self.model.max_log_var - self.model.min_log_var).sum()
+        model_loss = (nll * train.view_as(nll)).sum() / train.sum() + 0.01 * bounds  # (6)
+
+        logit = self.predict_termination(batch.obs, batch.action, batch.next_obs)
+        entropy = F.binary_cross_entropy_with_logits(logit, batch.terminated, reduction="none")
+        termination_loss = (entropy * train).sum() / train.sum()  # (7)
+
+        self.model_optimizer.zero_grad()
+        (model_loss + termination_loss).backward()
+        self.model_optimizer.step()
+        return {"model/loss": model_loss.detach(), "model/termination_loss": termination_loss.detach()}
+
+    @torch.no_grad()
+    def diagnose(self, buffer: ReplayBuffer, reward: Tensor, terminated: Tensor, rollout: Rollout) -> dict:
+        """Targets of every horizon 0 .. H from one rollout, and the model's errors on held-out episodes."""
+        args, model, alpha = self.args, self.model, self.log_alpha.exp()
+        q = (
+            self.critic_target(torch.cat(rollout.obs), torch.cat(rollout.action))
+            .amin(0)
+            .view(-1, len(reward))
+        )
+        targets = []
+        for h in range(args.horizon + 1):
+            values = expand(rollout.reward[:h], rollout.done[:h], rollout.log_prob, q[h], alpha, args.gamma)
+            targets.append(soft_target(reward, terminated, values[0], rollout.log_prob[0], alpha, args.gamma))
+        metrics = {f"expansion/target_mean_{h}": target.mean() for h, target in enumerate(targets)}
+        metrics["expansion/spread_over_horizons"] = torch.stack(targets).std(0, correction=0).mean()
+        metrics["expansion/alive"] = (1 - torch.stack([terminated, *rollout.done])).prod(0).mean()
+        metrics["model/rollout_magnitude"] = ((rollout.obs[-1] - model.mean) / model.std).abs().mean()
+        with torch.random.fork_rng(
+            [self.device] if self.device.type == "cuda" else []
+        ):  # training is not touched
+            starts = held_out_windows(buffer, args.horizon)
+            obs = buffer[starts].obs
+            for k in range(args.horizon if len(starts) else 0):
+                real = buffer[(starts + k) % buffer.size]
+                obs, _ = model.step(obs, real.action, noise=False)
+                metrics[f"model/error_{k + 1}"] = ((obs - real.next_obs) / model.std).square().mean().sqrt()
+            real = buffer[held_out_windows(buffer, 1)]
+            if len(real.reward):
+                next_obs, predicted = model.step(real.obs, real.action, noise=False)
+                metrics["model/reward_error"] = (predicted - real.reward).square().mean().sqrt()
+                ended = self.predict_termination(real.obs, real.action, next_obs) > 0
+                metrics["model/termination_accuracy"] = (ended == (real.terminated > 0)).float().mean()
+                if real.terminated.any():
+                    metrics["model/termination_recall"] = ended[real.terminated > 0].float().mean()
+        return metrics
+
+    def state_dict(self) -> dict:
+        """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
+        parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
+        return {k: v.detach() if isinstance(v, Tensor) else v.state_dict() for k, v in parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            part = getattr(self, name)
+            part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):  # Linux
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -> gym.Env:
+    """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
+
+    Raises BadInput for an unknown id and for spaces that this family cannot serve.
+    """
+    try:
+        env = gym.make(env_id, render_mode=None if video_dir is None else "rgb_array")
+    except (gym.error.Error, ImportError) as error:
+        require(False, "env_id", env_id, f"a task that can be made: {str(error).splitlines()[0]}")
+    space, actions = env.observation_space, env.action_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
+    continuous = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+    bounded = continuous and len(actions.shape) == 1 and actions.is_bounded()
+    require(bounded, "env_id", env_id, f"with a bounded, continuous, flat Box of actions, not {actions}")
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+    if video_dir is None:
+        return env
+    try:
+        env.reset()
+        env.render()
+        options = {"name_prefix": video_name, "disable_logger": True}
+        return gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, **options)
+    except Exception as error:  # every renderer fails in its own way
+        raise BadInput(f"--capture-video: rendering must work here: {str(error).splitlines()[0]}") from error
+
+
+def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
+    """env.step as float32 and float. Raises BadInput if the task returns anything that is not finite."""
+    obs, reward, terminated, truncated, _ = env.step(action)
+    for name, value in (("reward", reward), ("observation", obs)):
+        if not np.isfinite(value).all():
+            raise BadInput(f"step {step}: the task's {name} must be finite, got {value}")
+    return np.asarray(obs, np.float32), float(reward), bool(terminated), bool(truncated)
+
+
+def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
+    """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
+    env = make_env(args.env_id, video_dir, f"step-{step}")
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, done = np.asarray(env.reset(seed=None if episode else args.seed + 100)[0], np.float32), False
+        while not done:
+            obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
+            returns[episode] += reward
+            lengths[episode] += 1
+            done = terminated or truncated
+    env.close()
+    stats = {"return_mean": returns.mean(), "return_std": returns.std(), "length_mean": lengths.mean()}
+    return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temporary file, fsync, rename: the path always holds the old bytes or the new. Raises RunFailed."""
+    try:
+        with open(path.with_name(path.name + ".tmp"), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    write_atomically(run_dir / "eval.csv", ("\n".join(lines) + "\n").encode())
+
+
+def write_args(run_dir: Path, args: "Args") -> None:
+    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version(), **versions}
+    write_atomically(run_dir / "args.json", json.dumps(record | {"git_commit": commit}, indent=2).encode())
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
+    flat = torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]
+    for keys, leaf in flat:
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            raise RunFailed(f"step {state['step']}: {'.'.join(str(k.key) for k in keys)} is not finite")
+    data = io.BytesIO()
+    torch.save(state, data)
+    new = path.with_suffix(".new.pt")
+    write_atomically(new, data.getbuffer())
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous.pt"))
+    os.replace(new, path)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():  # killed between the two renames of save_checkpoint
+        path = path.with_suffix(".previous.pt")
+    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = (state["algo"], state["format"])
+    except Exception as error:  # damaged files raise many types
+        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
+        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
+    ours = (ALGO, CHECKPOINT_FORMAT)
+    require(
+        found == ours,
+        "resume",
+        run_dir,
+        f"a run of {ours[0]}, format {ours[1]}, not {found[0]}, format {found[1]}",
+    )
+    return state
+
+
+@contextlib.contextmanager
+def staged(run_dir: Path):
+    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
+    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
+    try:
+        try:
+            hidden.mkdir(parents=True)
+        except OSError as error:
+            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
+        yield hidden
+        hidden.rename(run_dir)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in parents:
+                parent.rmdir()
+        raise
+
+
+def train(args: "Args") -> Path:
+    """Start or resume a run and return its folder.
+
+    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
+    """
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    env = make_env(args.env_id)
+    env.reset(seed=args.seed)
+    task_rng = env.unwrapped.np_random.bit_generator
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), *dims, device)
+    agent = Agent(args, *dims, device)
+    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
+
+    def seconds() -> float:
+        return round(seconds_before + time.perf_counter() - started, 2)
+
+    def evaluate_into(folder: Path) -> None:
+        row = evaluate(agent, args, step, folder / "videos" if args.capture_video else None)
+        rows.append(row | {"seconds": seconds()})
+        write_evaluations(folder, rows)
+        tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")
+
+    def save(path: Path) -> None:
+        """At an episode's end the task's state is its generator alone, so resuming is exact."""
+        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
+        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else []}
+        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
+
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = load_checkpoint(run_dir)
+        for name, value in saved["args"].items():
+            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
+            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
+            require(given == value or name == "resume" or longer, name, given, allowed)
+        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
+            print(f"{run_dir} is complete: {args.total_timesteps} steps")
+            return run_dir
+        (run_dir / "final.pt").unlink(missing_ok=True)
+        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
+        agent.load_state_dict(saved["agent"])
+        buffer.load_state_dict(saved["buffer"])
+        torch.set_rng_state(saved["torch_rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        task_rng.state = json.loads(saved["task_rng"])
+        write_args(run_dir, args)
+        write_evaluations(run_dir, rows)
+        print(f"resuming {run_dir} at step {step}")
+        del saved
+    else:
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
+        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
+            evaluate_into(folder)
+            write_args(folder, args)
+            save(folder / "checkpoint.pt")
+
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def log(scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
+            writer.add_scalar(name, value, step)
+
+    def log_evaluation() -> None:
+        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
+
+    last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
+    try:
+        if step == 0:
+            log_evaluation()
+        obs = np.asarray(env.reset()[0], np.float32)
+        while step < args.total_timesteps:
+            step += 1
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated = take_step(env, action, step)
+            buffer.add(obs, action, reward, next_obs, terminated, episode)
+            obs, episode_return = next_obs, episode_return + reward
+            metrics = {} if warm_up else agent.update(buffer, step)
+            bar.update()
+
+            if step % args.log_every == 0:
+                speed = (step - last_log) / (time.perf_counter() - last_time)
+                log(metrics | {"charts/SPS": speed, "time/seconds": seconds()})
+                last_log, last_time = step, time.perf_counter()
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                before = time.perf_counter()
+                evaluate_into(run_dir)
+                log_evaluation()
+                log({"time/evaluation": time.perf_counter() - before})
+                last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
+            if terminated or truncated:
+                length = step - episode_start
+                log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+                bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
+                episode, episode_return, episode_start = episode + 1, 0.0, step
+                if step - last_save >= args.checkpoint_every:
+                    writer.flush()
+                    save(run_dir / "checkpoint.pt")
+                    last_save = step
+                obs = np.asarray(env.reset()[0], np.float32)
+        save(run_dir / "final.pt")
+    finally:
+        bar.close()
+        writer.close()
+        env.close()
+        if not (run_dir / "final.pt").exists():
+            again = f"python {sys.argv[0]} --resume {run_dir}"
+            print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
+    print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
+    return run_dir
+
+
+def parse(argv: list[str] | None = None) -> "Args":
+    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
+
+    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
+    """
+    groups = Args.__bases__
+    flags = dataclasses.make_dataclass("Flags", [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in groups])
+
+    def cli(defaults: dict) -> Args:
+        values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in groups]
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            text = " ".join(line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:])
+            text = re.split("Argument helptext|For full helptext", text)[0]
+            raise BadInput(re.sub(r"^ *Error parsing \w+: ", "", re.sub(r"\s+", " ", text)).strip()) from None
+        return Args(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+
+    args = cli(dataclasses.asdict(Args()))
+    if not args.resume:
+        return args
+    try:
+        saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"--resume {args.resume}: must be a run folder with a readable args.json") from error
+    return cli({**dataclasses.asdict(Args()), **saved, "resume": args.resume})
+
+
+def main() -> None:
+    sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 1 << 28)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        train(parse())
+    except (BadInput, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -507,7 +507,7 @@ class Agent:
         rollout = Rollout([obs], [action], [log_prob], [], [])
         for _ in range(self.args.horizon):
             next_obs, reward = self.model.step(obs, action)
-            rollout.done.append((self.predict_termination(obs, action, next_obs) > 0).float())
+            rollout.done.append((self.predict_termination(obs, action, next_obs) > 0).to(obs.dtype))
             rollout.reward.append(reward)
             obs = next_obs
             action, log_prob = self.actor.sample(obs)

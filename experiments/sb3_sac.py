@@ -1,9 +1,9 @@
-"""Stable-Baselines3's SAC under our budget and evaluation protocol, for a comparison at equal steps.
+"""Stable-Baselines3's SAC under our budget and evaluation protocol.
 
-    python experiments/sb3_sac.py --env-id HalfCheetah-v5 --seed 1 --total-timesteps 50_000 --learning-starts 5_000
+    python experiments/sb3_sac.py --env-id HalfCheetah-v5 --seed 1 --total-timesteps 50_000
 
-Its own defaults otherwise (3e-4, batch 256, 256 x 256, one update per step). Writes the eval.csv of our files:
-deterministic policy, 10 episodes, a task of its own from seed + 100. Needs pip install -e '.[bench]'.
+Its own defaults otherwise (3e-4, batch 256, 256 x 256, one update per step). Writes the eval.csv of our
+files: deterministic policy, 10 episodes, a task of its own from seed + 100. Needs pip install -e '.[bench]'.
 """
 
 import time

@@ -1,0 +1,107 @@
+"""Shared fixtures: the algorithm files as modules, and runs small enough to repeat."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+TINY = {
+    "env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16, "hidden": 16,
+    "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70, "num-threads": 1, "device": "cpu",
+}  # fmt: skip
+TINY_MODEL = {
+    "model-hidden": 16,
+    "model-layers": 2,
+    "model-warm-up": 5,
+    "normalize-every": 50,
+    "diagnose-every": 40,
+}
+
+
+def load(name: str):
+    """algos/<name>.py as a module, loaded once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def tiny(name: str, *flags: object) -> list[str]:
+    """Command-line flags of a run of a second or two that does hundreds of real updates."""
+    sizes = TINY | (TINY_MODEL if hasattr(load(name), "Expansion") else {})
+    return [str(part) for item in sizes.items() for part in (f"--{item[0]}", item[1])] + [
+        str(flag) for flag in flags
+    ]
+
+
+def run(name: str, folder: Path, *flags: object) -> Path:
+    """Train in this process; returns the run folder."""
+    module = load(name)
+    return module.train(module.parse(tiny(name, "--runs-dir", folder, *flags)))
+
+
+def command(name: str, *flags: object) -> list[str]:
+    return [sys.executable, str(ROOT / "algos" / f"{name}.py"), *map(str, flags)]
+
+
+def shell(name: str, *flags: object, **options) -> subprocess.CompletedProcess:
+    """The file as a user starts it, from the repository's root."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(command(name, *flags), **options)
+
+
+def flat(value, prefix=""):
+    """Every leaf of a nested state as (path, value)."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from flat(item, f"{prefix}/{key}")
+    else:
+        yield prefix, value
+
+
+def differing(first: Path, second: Path, *ignore: str) -> list[str]:
+    """Names of all leaves that differ between two checkpoints; wall times and folders never count."""
+    states = [dict(flat(torch.load(path, weights_only=True))) for path in (first, second)]
+    names = {n for state in states for n in state}
+    skip = ("/seconds", "/args/runs_dir", *ignore)
+    found = []
+    for name in sorted(name for name in names if not any(part in name for part in skip)):
+        a, b = (state.get(name) for state in states)
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        if not same:
+            found.append(name)
+    return found
+
+
+def evaluations(run_dir: Path) -> list[list[str]]:
+    """Rows of eval.csv without the last column, wall time."""
+    return [line.split(",")[:-1] for line in (run_dir / "eval.csv").read_text().splitlines()]
+
+
+def scalars(run_dir: Path) -> dict[str, list]:
+    """TensorBoard's view of a run: tag -> events, purged ones left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(autouse=True)
+def quiet_state(monkeypatch):
+    """Each test stands in the repository's root, with its own generator."""
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ALGOS)
+def algo(request) -> str:
+    return request.param

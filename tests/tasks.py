@@ -1,0 +1,127 @@
+"""Tiny tasks with known answers, and misbehaving ones: --env-id tests.tasks:<Name>-v0 from the root."""
+
+import gymnasium as gym
+import numpy as np
+
+A, B, Q, RHO = 0.9, 0.5, 1.0, 0.1  # the linear-quadratic system of the closed-form tests
+
+
+class LQR(gym.Env):
+    """s' = 0.9 s + 0.5 a, r = −(s² + 0.1 a²), s₀ uniform in [−2, 2], a in [−1, 3] (off-centre on purpose)."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 3.0, (1,), np.float32)
+    bound = np.inf  # |s| beyond it terminates
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-2, 2, (1,))
+        return self.state.copy(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = -float((Q * self.state**2 + RHO * action**2).sum())
+        self.state = A * self.state + B * action
+        return self.state.copy(), reward, bool(abs(self.state[0]) > self.bound), False, {}
+
+
+class Cliff(LQR):
+    """LQR that terminates where |s| > 1.5: most random episodes are short."""
+
+    bound = 1.5
+
+
+class Image(LQR):
+    """Observations of shape (2, 3, 1) and type uint8."""
+
+    observation_space = gym.spaces.Box(0, 255, (2, 3, 1), np.uint8)
+
+    def reset(self, **options):
+        super().reset(**options)
+        return self.observation_space.low + 7, {}
+
+    def step(self, action):
+        _, reward, terminated, truncated, info = super().step(action)
+        return self.observation_space.low + 7, reward, terminated, truncated, info
+
+
+class NoisyReset(LQR):
+    """The observation after a reset is 1000: it must never be stored as a successor."""
+
+    def reset(self, **options):
+        super().reset(**options)
+        return np.array([1000.0]), {}
+
+
+class LastStep(LQR):
+    """Terminates on the very step at which the time limit of 5 strikes."""
+
+    def reset(self, **options):
+        self.count = 0
+        return super().reset(**options)
+
+    def step(self, action):
+        self.count += 1
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, self.count == 5, truncated, info
+
+
+class NanReward(LQR):
+    """The reward is NaN from the start."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, float("nan"), *rest
+
+
+class LateNan(LQR):
+    """Rewards turn infinite after 120 steps of one instance."""
+
+    total = 0
+
+    def step(self, action):
+        self.total += 1
+        obs, reward, *rest = super().step(action)
+        return obs, reward if self.total < 120 else float("inf"), *rest
+
+
+class NanObservation(LQR):
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs * np.nan, *rest
+
+
+class Huge(LQR):
+    """Finite rewards so large that float32 squares overflow: the losses diverge."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 3e38, *rest
+
+
+class DictObservation(LQR):
+    observation_space = gym.spaces.Dict({"state": LQR.observation_space})
+
+
+class DiscreteAction(LQR):
+    action_space = gym.spaces.Discrete(3)
+
+
+class IntegerAction(LQR):
+    action_space = gym.spaces.Box(-2, 2, (1,), np.int64)
+
+
+class UnboundedAction(LQR):
+    action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+class MatrixAction(LQR):
+    action_space = gym.spaces.Box(-1, 1, (2, 2), np.float32)
+
+
+for task in (
+    LQR, Cliff, Image, NoisyReset, NanReward, LateNan, NanObservation, Huge, DictObservation, DiscreteAction,
+    IntegerAction, UnboundedAction, MatrixAction,
+):  # fmt: skip
+    gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)
+gym.register("LastStep-v0", entry_point=LastStep, max_episode_steps=5)

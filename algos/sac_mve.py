@@ -25,6 +25,7 @@ Where the released code differs (Retrace form of the target, known termination f
     python algos/sac_mve.py --resume runs/<run>      # goes on where it stopped, in the same bits
 """
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -651,31 +652,32 @@ def available_memory(device: torch.device) -> float:
 def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -> gym.Env:
     """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
 
-    Raises BadInput for an unknown id and for spaces that this family cannot serve.
+    Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
     """
     try:
-        env = gym.make(env_id, render_mode=None if video_dir is None else "rgb_array")
-    except (gym.error.Error, ImportError) as error:
-        require(False, "env_id", env_id, f"a task that can be made: {str(error).splitlines()[0]}")
+        render = {} if video_dir is None else {"render_mode": "rgb_array"}
+        env = gym.make(env_id, disable_env_checker=True, **render)
+        if video_dir is not None:
+            env.reset()
+            env.render()
+            options = {"name_prefix": video_name, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, **options)
+    except Exception as error:  # tasks and renderers fail in many ways
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
+        require(False, "env_id", env_id, f"a task that can be made: {why}")
     space, actions = env.observation_space, env.action_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     continuous = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     bounded = continuous and len(actions.shape) == 1 and actions.is_bounded()
     require(bounded, "env_id", env_id, f"with a bounded, continuous, flat Box of actions, not {actions}")
-    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
-    if video_dir is None:
-        return env
-    try:
-        env.reset()
-        env.render()
-        options = {"name_prefix": video_name, "disable_logger": True}
-        return gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, **options)
-    except Exception as error:  # every renderer fails in its own way
-        raise BadInput(f"--capture-video: rendering must work here: {str(error).splitlines()[0]}") from error
+    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
 
 
 def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
-    """env.step as float32 and float. Raises BadInput if the task returns anything that is not finite."""
+    """env.step as float32 and float. Raises RunFailed or BadInput if agent or task is not finite."""
+    if not np.isfinite(action).all():
+        raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
     obs, reward, terminated, truncated, _ = env.step(action)
     for name, value in (("reward", reward), ("observation", obs)):
         if not np.isfinite(value).all():
@@ -916,31 +918,28 @@ def parse(argv: list[str] | None = None) -> "Args":
 
     With --resume the defaults are the run's own arguments, so that only what was typed can differ.
     """
-    groups = Args.__bases__
-    flags = dataclasses.make_dataclass("Flags", [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in groups])
-
-    def cli(defaults: dict) -> Args:
-        values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in groups]
-        box = io.StringIO()
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume", nargs="?")
+    resume, defaults = peek.parse_known_args(argv)[0].resume, dataclasses.asdict(Args())
+    if resume:
         try:
-            with contextlib.redirect_stderr(box):
-                parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            text = " ".join(line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:])
-            text = re.split("Argument helptext|For full helptext", text)[0]
-            raise BadInput(re.sub(r"^ *Error parsing \w+: ", "", re.sub(r"\s+", " ", text)).strip()) from None
-        return Args(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
-
-    args = cli(dataclasses.asdict(Args()))
-    if not args.resume:
-        return args
+            defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"--resume {resume}: must be a run folder with a readable args.json") from error
+    values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+    groups = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in Args.__bases__]
+    flags, box = dataclasses.make_dataclass("Flags", groups), io.StringIO()
     try:
-        saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"--resume {args.resume}: must be a run folder with a readable args.json") from error
-    return cli({**dataclasses.asdict(Args()), **saved, "resume": args.resume})
+        with contextlib.redirect_stderr(box):
+            parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+        text = " ".join(line for line in lines if line.strip("-"))
+        text = re.split(" Argument helptext| For full helptext", text)[0]
+        raise BadInput(re.sub(r"^Error parsing \w+: ", "", text)) from None
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
 def main() -> None:

@@ -10,17 +10,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
-TINY = {
-    "env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16, "hidden": 16,
-    "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70, "num-threads": 1, "device": "cpu",
-}  # fmt: skip
-TINY_MODEL = {
-    "model-hidden": 16,
-    "model-layers": 2,
-    "model-warm-up": 5,
-    "normalize-every": 50,
-    "diagnose-every": 40,
-}
+TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16}
+TINY |= {"hidden": 16, "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70}
+TINY |= {"num-threads": 1, "device": "cpu"}
+TINY_MODEL = {"model-hidden": 16, "model-layers": 2, "model-warm-up": 5, "normalize-every": 50}
+TINY_MODEL |= {"diagnose-every": 40}
 
 
 def load(name: str):

@@ -439,7 +439,7 @@ def test_tdk_arithmetic():
 
 
 def test_tdk_weighs_imagined_pairs_by_survival(monkeypatch):
-    """alive = (1 − d, (1 − d)(1 − d̂₀), …): a pair counts while the trajectory lives at its state."""
+    """alive = (1 − d, (1 − d)(1 − d̂₀), …): a pair counts while the trajectory lives."""
     calls = recorded(monkeypatch, mve, "tdk_loss")
     ends_below_one = lambda obs: (obs[:, 0] < 0.6).double() - 0.5  # noqa: E731  0.735 lives on, 0.5145 ends
     lqr_target(monkeypatch, 4, exact_critic, "--tdk", terminate=ends_below_one)

@@ -387,7 +387,7 @@ def available_memory(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -> gym.Env:
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
 
     Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
@@ -398,8 +398,7 @@ def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -
         if video_dir is not None:
             env.reset()
             env.render()
-            options = {"name_prefix": video_name, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, **options)
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
     except Exception as error:  # tasks and renderers fail in many ways
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
@@ -425,7 +424,7 @@ def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, 
 
 def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
-    env = make_env(args.env_id, video_dir, f"step-{step}")
+    env = make_env(args.env_id, video_dir)
     returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         obs, done = np.asarray(env.reset(seed=None if episode else args.seed + 100)[0], np.float32), False
@@ -548,7 +547,7 @@ def train(args: "Args") -> Path:
         return round(seconds_before + time.perf_counter() - started, 2)
 
     def evaluate_into(folder: Path) -> None:
-        row = evaluate(agent, args, step, folder / "videos" if args.capture_video else None)
+        row = evaluate(agent, args, step, folder / "videos" / f"step-{step}" if args.capture_video else None)
         rows.append(row | {"seconds": seconds()})
         write_evaluations(folder, rows)
         tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")

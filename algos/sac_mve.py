@@ -16,9 +16,9 @@ The model is an ensemble of Gaussians and a termination classifier, trained on t
     L_p̂ = mean Σ_j ((δ_j − μ_j)² / σ_j² + log σ_j²) + 0.01 Σ_j (max_j − min_j),  δ = (s' − s, r)  (6)
     L_d̂ = binary cross-entropy of d given (s, a, s')                                            (7)
 
-(2) to (5) are sac.py's. --tdk also regresses the critics at the imagined pairs, each on its own y_t (8).
-Where the released code differs (Retrace form of the target, known termination functions, a schedule for
-128 environments) and what we chose: docs/sac_mve.md.
+(2), (3), (4) and (5) are sac.py's. --tdk also regresses the critics at the imagined pairs, each on its own
+y_t (8). Where the released code differs (Retrace form of the target, known termination functions, a schedule
+for 128 environments) and what we chose: docs/sac_mve.md.
 
     python algos/sac_mve.py --horizon 3              # InvertedPendulum-v5: solved within minutes
     python algos/sac_mve.py --horizon 1 --env-id Hopper-v5 --total-timesteps 100_000 --learning-starts 5_000
@@ -649,7 +649,7 @@ def available_memory(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -> gym.Env:
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
 
     Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
@@ -660,8 +660,7 @@ def make_env(env_id: str, video_dir: Path | None = None, video_name: str = "") -
         if video_dir is not None:
             env.reset()
             env.render()
-            options = {"name_prefix": video_name, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, **options)
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
     except Exception as error:  # tasks and renderers fail in many ways
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
@@ -687,7 +686,7 @@ def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, 
 
 def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
-    env = make_env(args.env_id, video_dir, f"step-{step}")
+    env = make_env(args.env_id, video_dir)
     returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         obs, done = np.asarray(env.reset(seed=None if episode else args.seed + 100)[0], np.float32), False
@@ -810,7 +809,7 @@ def train(args: "Args") -> Path:
         return round(seconds_before + time.perf_counter() - started, 2)
 
     def evaluate_into(folder: Path) -> None:
-        row = evaluate(agent, args, step, folder / "videos" if args.capture_video else None)
+        row = evaluate(agent, args, step, folder / "videos" / f"step-{step}" if args.capture_video else None)
         rows.append(row | {"seconds": seconds()})
         write_evaluations(folder, rows)
         tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")

@@ -1,12 +1,17 @@
 """Shared fixtures: the algorithm files as modules, and runs small enough to repeat."""
 
+import ctypes.util
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("OSMesa"):
+    os.environ["MUJOCO_GL"] = "osmesa"  # so that the video tests run where there is no display
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))

@@ -59,9 +59,8 @@ MVE_MISTAKES = {
         "--diagnose-every 30: must be a multiple of --log-every 20",
     ),
 }
-CASES = [(algo, name) for algo in ("sac", "sac_mve") for name in MISTAKES] + [
-    ("sac_mve", n) for n in MVE_MISTAKES
-]
+CASES = [(algo, name) for algo in ALGOS for name in MISTAKES]
+CASES += [("sac_mve", name) for name in MVE_MISTAKES]
 
 
 def fails(name: str, flags: list, capsys, monkeypatch) -> str:
@@ -124,7 +123,7 @@ def test_video_without_a_working_renderer(algo, tmp_path, capsys, monkeypatch):
 
 
 def test_checkpoints_that_are_not_one(algo, tmp_path, capsys, monkeypatch):
-    """Truncated, random bytes, another file's, another format, no args.json: each named; the folder is untouched."""
+    """Truncated, random bytes, another file's, another format, no args.json: named, and nothing touched."""
     good = run(algo, tmp_path)
 
     def spoiled(spoil, expected: str) -> None:

@@ -329,7 +329,7 @@ def test_sampling_is_uniform_with_replacement():
 
 
 def lqr_agent(monkeypatch, horizon: int, critic, *flags: object, terminate=lambda obs: torch.zeros(len(obs))):
-    """sac_mve's agent with exact model and deterministic policy a = −K s, α so small that it does not count."""
+    """sac_mve's agent with exact model, deterministic policy a = −K s and a negligible α."""
     agent = make_agent("sac_mve", "--horizon", horizon, "--gamma", GAMMA, "--init-alpha", 1e-8, *flags)
     agent.actor.double(), agent.critic.double(), agent.critic_target.double()
     real_sample = agent.actor.sample
@@ -403,7 +403,7 @@ def test_imagined_termination_pays_its_reward_and_nothing_after(monkeypatch, hor
 
 
 def test_entropy_counts_once_per_imagined_action():
-    """Rewards 0, Q̄ = 0, log π = −1, α = 0.2, γ = 0.9: T_H = 0.2 γ (1 − γ^{H+1}) / (1 − γ); H = 2 gives 0.4878."""
+    """Rewards 0, Q̄ = 0, log π = −1, α = 0.2, γ = 0.9: T_H = 0.2 γ (1 − γ^{H+1}) / (1 − γ); H = 2: 0.4878."""
     alpha, zero, log_prob = column(0.2), column(0.0), column(-1.0)
     for horizon in (0, 1, 2, 7):
         values = mve.expand([zero] * horizon, [zero] * horizon, [log_prob] * (horizon + 1), zero, alpha, 0.9)
@@ -423,7 +423,7 @@ def test_entropy_at_an_imagined_termination():
 
 
 def test_tdk_arithmetic():
-    """γ = 0.5, r = 1, r̂ = (2, 4), y₂ = 8: y₁ = 8, y₀ = 6, y = 4; with Q = 0 the loss is (16 + 36 + 64) / 2 = 58."""
+    """γ = 0.5, r = 1, r̂ = (2, 4), y₂ = 8: y₁ = 8, y₀ = 6, y = 4; for Q = 0 the loss is (16+36+64)/2 = 58."""
     zero = column(0.0)
     values = mve.expand([column(2.0), column(4.0)], [zero, zero], [zero] * 3, column(8.0), zero, 0.5)
     assert values[:, 0].tolist() == [6.0, 8.0, 8.0]

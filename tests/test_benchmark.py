@@ -1,0 +1,138 @@
+"""benchmark.sh: the exact commands, parallel runs, resuming, skipping, and failures that are never swallowed."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, TINY, TINY_MODEL, differing, run
+
+SIZES = {name: value for name, value in (TINY | TINY_MODEL).items() if name not in ("env-id", "num-threads")}
+EXTRA = [part for name, value in SIZES.items() for part in (f"--{name}", str(value))]
+
+
+def start(*flags: object, **options) -> subprocess.Popen:
+    """./benchmark.sh with this interpreter."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [ROOT / "benchmark.sh", *map(str, flags)], env=environment, cwd="/", **pipes, **options
+    )
+
+
+def benchmark(*flags: object) -> tuple[int, str, str]:
+    process = start(*flags)
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def folders(parent) -> list:
+    return sorted(path for path in parent.iterdir() if path.name != "logs")
+
+
+def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
+    lists = ["--algos", "sac,sac_mve", "--env-ids", "InvertedPendulum-v5,Hopper-v5", "--seeds", "1,2,3"]
+    code, out, _ = benchmark(
+        *lists, "--workers", 2, "--dry-run", "--runs-dir", tmp_path / "runs", "--", "--horizon", 3
+    )
+    assert code == 0
+    commands = [shlex.split(line)[1:] for line in out.splitlines()[:-1]]
+    assert len(commands) == 12 and out.splitlines()[-1] == "12 runs, 0 finished"
+    for command in commands:
+        assert command[0] == sys.executable
+        assert ("--horizon" in command) == (command[1] == "algos/sac_mve.py")  # only to files that have it
+    assert len({tuple(command) for command in commands}) == 12
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_all_then_skips_all(tmp_path):
+    """Two algorithms, two seeds, two workers; again: nothing to do; the results are those of single runs."""
+    flags = [
+        "--env-ids",
+        "tests.tasks:Cliff-v0",
+        "--seeds",
+        "1,2",
+        "--workers",
+        2,
+        "--runs-dir",
+        tmp_path / "runs",
+    ]
+    code, out, error = benchmark(*flags, "--", *EXTRA, "--num-threads", 1)
+    assert code == 0, error
+    assert "4 runs, 4 complete, 0 failed" in out
+    found = folders(tmp_path / "runs")
+    assert len(found) == 4 and all((folder / "final.pt").exists() for folder in found)
+    assert len(list((tmp_path / "runs" / "logs").glob("*.log"))) == 4
+    alone = run("sac_mve", tmp_path / "alone", "--seed", 2)
+    (same,) = [folder for folder in found if "__sac_mve__2__" in folder.name]
+    assert differing(alone / "final.pt", same / "final.pt") == []
+
+    code, out, _ = benchmark(*flags, "--", *EXTRA, "--num-threads", 1)
+    assert code == 0 and "4 runs, 4 finished" in out and out.count("finished  ") == 4
+    assert folders(tmp_path / "runs") == found
+    code, out, _ = benchmark(*flags, "--dry-run", "--", *EXTRA, "--num-threads", 1, "--gamma", 0.9)
+    assert code == 0 and out.count("new  ") == 4  # other arguments are another run
+
+
+def test_stopped_benchmark_resumes_where_it_was(tmp_path):
+    """SIGTERM in the middle: the runs stop with their checkpoints; the same command finishes them in the same bits."""
+    long = [*EXTRA, "--num-threads", 1, "--total-timesteps", 1500]
+    flags = [
+        "--algos",
+        "sac",
+        "--env-ids",
+        "tests.tasks:Cliff-v0",
+        "--seeds",
+        1,
+        "--runs-dir",
+        tmp_path / "runs",
+    ]
+    process = start(*flags, "--", *long)
+    while not list(tmp_path.glob("runs/*/checkpoint.previous.pt")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    (folder,) = folders(tmp_path / "runs")
+    assert not (folder / "final.pt").exists()
+    code, out, error = benchmark(*flags, "--", *long)
+    assert code == 0, error
+    assert out.startswith("resumed") and f"--resume {folder}" in out
+    assert folders(tmp_path / "runs") == [folder]
+    alone = run("sac", tmp_path / "alone", "--total-timesteps", 1500)
+    assert differing(alone / "final.pt", folder / "final.pt") == []
+
+
+def test_failed_run_among_good_ones_is_named(tmp_path):
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:LateNan-v0,tests.tasks:Cliff-v0", "--seeds", 1]
+    extra = [*EXTRA, "--num-threads", 1, "--eval-every", 300]
+    code, out, error = benchmark(*flags, "--runs-dir", tmp_path / "runs", "--workers", 1, "--", *extra)
+    assert code == 1
+    assert "2 runs, 1 complete, 1 failed" in out
+    (line,) = [line for line in error.splitlines() if line.startswith("failed: ")]
+    log = line.split()[-1]
+    assert "LateNan" in line and "must be finite, got inf" in open(log).read()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--algos", "sac,ppo"], "--algos ppo: must be of sac"),
+        (["--workers", 0], "--workers 0: must be at least 1"),
+        (["--seeds", "1,x"], "--seed"),
+        (["--seeds", ","], "must not be empty"),
+        (["--algos", "sac", "--", "--horizon", 3], "--horizon: must be a flag of at least one of sac"),
+        (["--", "3"], "3: must be a flag"),
+        (["--", "--gamma", 2], "--gamma 2.0: must be in [0, 1]"),
+    ],
+)
+def test_mistake_is_one_line(flags, expected, tmp_path):
+    code, out, error = benchmark("--runs-dir", tmp_path / "runs", *flags)
+    assert (code, out) == (2, "")
+    assert len(error.strip().splitlines()) == 1 and error.startswith("error: ") and expected in error
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,192 @@
+"""The rules that make algos/ one family: same name same code, files alone and complete, no dead options."""
+
+import ast
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import typing
+
+import pytest
+import torch
+
+from tests import family
+from tests.conftest import ALGOS, ROOT, differing, evaluations, load, run, scalars, tiny
+
+PATHS = [ROOT / "algos" / f"{name}.py" for name in ALGOS]
+STYLE_FLAGS = """env_id seed total_timesteps learning_starts batch_size buffer_size gamma tau eval_every
+    eval_episodes checkpoint_every runs_dir resume device num_threads capture_video"""
+
+
+def test_same_name_same_code():
+    assert family.differences(PATHS) == []
+
+
+def test_family_tool_finds_and_mends_a_difference(tmp_path):
+    copies = [tmp_path / path.name for path in PATHS[:2]]
+    for path, copy in zip(PATHS, copies, strict=False):
+        shutil.copy(path, copy)
+    original = copies[1].read_text()
+    copies[1].write_text(
+        original.replace("(gaussian - 2 *", "(gaussian + 2 *").replace("log_std.clamp(", "log_std.clip(")
+    )
+    names = [line.split(":")[0] for line in family.differences(copies)]
+    assert names == ["Actor", "squashed_log_prob"]
+    assert family.sync(copies[0], "Actor", copies) == [copies[1].name]
+    assert family.sync(copies[0], "squashed_log_prob", copies) == [copies[1].name]
+    assert copies[1].read_text() == original
+
+
+def test_shared_arguments_have_one_default_and_docstring():
+    """Run and SAC are shared blocks; a flag that any two files share by name must agree as well."""
+    seen = {}
+    for name in ALGOS:
+        for field in dataclasses.fields(load(name).Args):
+            assert seen.setdefault(field.name, (field.default, field.type)) == (field.default, field.type)
+
+
+def test_every_file_has_the_flags_of_the_style_page(algo):
+    names = {field.name for field in dataclasses.fields(load(algo).Args)}
+    assert set(STYLE_FLAGS.split()) <= names
+
+
+def test_every_argument_has_a_docstring_and_its_real_type(algo):
+    """The default is an instance of the annotated type (no int = 5e3), and a docstring follows each field."""
+    module = load(algo)
+    for field in dataclasses.fields(module.Args):
+        annotation = typing.get_args(field.type)[0] if hasattr(field.type, "__metadata__") else field.type
+        if typing.get_origin(annotation) is typing.Literal:
+            assert field.default in typing.get_args(annotation)
+        else:
+            assert isinstance(field.default, annotation), field.name
+    for node in ast.parse((ROOT / "algos" / f"{algo}.py").read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name in {base.__name__ for base in module.Args.__bases__}:
+            for field, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value.value, str)
+                    assert documented, f"{node.name}.{field.target.id}"
+
+
+def test_no_file_imports_a_sibling(algo):
+    own = {*ALGOS, "algos", "tests", "experiments"}
+    for node in ast.walk(ast.parse((ROOT / "algos" / f"{algo}.py").read_text())):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {module.split(".")[0] for module in modules} & own
+
+
+def test_file_runs_alone_in_an_empty_folder(algo, tmp_path):
+    """Copied by itself, 300 steps with real updates on a real task."""
+    shutil.copy(ROOT / "algos" / f"{algo}.py", tmp_path)
+    flags = tiny(algo, "--env-id", "InvertedPendulum-v5")
+    environment = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run(
+        [sys.executable, f"{algo}.py", *flags], cwd=tmp_path, env=environment, check=True, timeout=300
+    )
+    (folder,) = (tmp_path / "runs").iterdir()
+    first, last = (
+        torch.load(folder / name, weights_only=True) for name in ("checkpoint.previous.pt", "final.pt")
+    )
+    assert last["step"] == 300
+    for part in (
+        "actor",
+        "critic",
+        "critic_target",
+        *(["model", "termination"] if "model" in last["agent"] else []),
+    ):
+        a, b = (list(state["agent"][part].values()) for state in (first, last))
+        assert all(not torch.equal(x, y) for x, y in zip(a, b, strict=True) if x.numel() > 8), part
+
+
+def test_equations_are_tagged(algo):
+    """Each numbered equation of the docstring has a line of code that says it implements it."""
+    source = (ROOT / "algos" / f"{algo}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source))
+    numbers = set(re.findall(r"\((\d[a-z]?)\)", docstring))
+    code = source.replace(docstring, "")
+    tags = set(re.findall(r"\d[a-z]?", " ".join(re.findall(r"# (\([\d a-z,()]+\))", code))))
+    assert numbers == tags and "1" in {n[0] for n in numbers}
+
+
+def test_horizon_0_is_the_parent_bit_for_bit(tmp_path):
+    """sac_mve.py --horizon 0 and sac.py: the same evaluations, weights, optimisers, replay and generators."""
+    parent = run("sac", tmp_path / "sac")
+    child = run("sac_mve", tmp_path / "mve", "--horizon", 0)
+    assert evaluations(parent) == evaluations(child)
+    only_mine = [f"/args/{f.name}" for f in dataclasses.fields(load("sac_mve").Expansion)]
+    assert differing(parent / "final.pt", child / "final.pt", "/algo", *only_mine) == []
+    other = run("sac_mve", tmp_path / "mve3", "--horizon", 1)  # the comparison can fail
+    found = differing(parent / "final.pt", other / "final.pt")
+    assert any("/agent/critic/" in name for name in found) and any("/agent/actor/" in name for name in found)
+
+
+CHOICES = {
+    "sac": [("--capture-video",), ("--device", "cpu"), ("--device", "auto")],
+    "sac_mve": [("--capture-video",), ("--device", "cpu"), ("--device", "auto"), ("--tdk",)],
+}
+
+
+def test_every_boolean_and_choice_is_listed(algo):
+    """A new flag must be added to CHOICES, and so be run below."""
+    names = {flag for flags in CHOICES[algo] for flag in flags[:1]}
+    for field in dataclasses.fields(load(algo).Args):
+        if field.type is bool or typing.get_origin(field.type) is typing.Literal:
+            assert f"--{field.name.replace('_', '-')}" in names
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [(name, flags) for name in ALGOS for flags in CHOICES.get(name, [])]
+)
+def test_every_boolean_and_choice_reaches_an_update(name, flags, tmp_path):
+    if flags[0] == "--capture-video":
+        pytest.importorskip("moviepy")
+        import mujoco
+
+        try:
+            mujoco.GLContext(8, 8).free()
+        except Exception:
+            pytest.skip("no OpenGL here: set MUJOCO_GL=osmesa or egl")
+        flags = (*flags, "--env-id", "InvertedPendulum-v5", "--eval-every", 150)
+    folder = run(name, tmp_path, *flags)
+    assert len(scalars(folder)["losses/qf_loss"]) == 12
+    if flags[0] == "--capture-video":
+        videos = sorted(path.parent.name for path in (folder / "videos").glob("*/*.mp4"))
+        assert videos == ["step-0", "step-150", "step-300"]
+
+
+NUMBERS = [
+    ("--num-particles", 2),
+    ("--members", 2),
+    ("--model-layers", 1),
+    ("--model-updates", 2),
+    ("--horizon", 2),
+]
+NUMBERS += [
+    ("--model-lr", 1e-2),
+    ("--model-warm-up", 9),
+    ("--normalize-every", 20),
+    ("--model-hidden", 12),
+    ("--tdk",),
+]
+SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2), ("--alpha-lr", 1e-2)]
+SHARED += [
+    ("--init-alpha", 0.1),
+    ("--target-entropy", 1.0),
+    ("--hidden", 12),
+    ("--batch-size", 12),
+    ("--seed", 5),
+]
+SHARED += [("--learning-starts", 50), ("--buffer-size", 100)]
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_every_number_changes_what_is_learned(name, tmp_path):
+    """No option that does nothing: each setting gives other weights than the defaults."""
+    flags = SHARED + (NUMBERS if name == "sac_mve" else [])
+    base = torch.load(run(name, tmp_path / "base") / "final.pt", weights_only=True)["agent"]
+    for flag in flags:
+        other = torch.load(run(name, tmp_path / "other", *flag) / "final.pt", weights_only=True)["agent"]
+        pairs = zip(base["actor"].values(), other["actor"].values(), strict=True)
+        assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs), flag

@@ -1,11 +1,11 @@
-"""Run every combination of algorithms, tasks and seeds in parallel; what is unfinished resumes, what is finished is skipped.
+"""Run all combinations of algorithms, tasks and seeds in parallel; resume unfinished runs, skip finished ones.
 
-    ./benchmark.sh --algos sac,sac_mve --env-ids InvertedPendulum-v5,Hopper-v5 --seeds 1,2,3 --workers 2 -- --horizon 3
+    ./benchmark.sh --algos sac,sac_mve --env-ids InvertedPendulum-v5,Hopper-v5 --seeds 1,2,3 -- --horizon 3
 
-What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run prints the
-exact commands and stops. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its
-arguments agree, so the same line can be given again after a crash, or with more seeds. The exit code is 0 when every
-run is complete, 1 when some failed (they are named, with their logs), 2 for a mistake in the command.
+What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run prints
+the exact commands and stops. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when
+all its arguments agree, so the same line can be given again after a crash, or with more seeds. Exit code: 0
+when every run is complete, 1 when some failed (they are named, with their logs), 2 for a mistake.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
 def plan(
     algos: list[str], env_ids: list[str], seeds: list[str], runs_dir: str, threads: int, extra: list[str]
 ):
-    """The jobs in order, seeds outermost so that every comparison grows evenly. Raises ValueError on bad input."""
+    """The jobs in order, seeds outermost so that comparisons grow evenly. Raises ValueError on bad input."""
     groups = split_flags(extra)
     modules = {}
     for algo in algos:
@@ -104,22 +105,14 @@ def plan(
         for env_id in env_ids:
             for algo, module in modules.items():
                 own = [word for group in groups if has_flag(module, group[0]) for word in group]
-                flags = [
-                    "--env-id",
-                    env_id,
-                    "--seed",
-                    seed,
-                    "--runs-dir",
-                    runs_dir,
-                    "--num-threads",
-                    str(threads),
-                    *own,
-                ]
+                flags = ["--env-id", env_id, "--seed", seed, "--runs-dir", runs_dir]
+                flags += ["--num-threads", str(threads), *own]
                 args = module.parse(flags)
                 settings = re.sub(r"[^\w.]+", "-", " ".join(own)).strip("-")
-                name = "__".join(
-                    [re.sub(r"[^\w.-]+", "-", env_id), algo, seed, *([settings] if settings else [])]
-                )
+                if len(settings) > 60:  # file names have their limits
+                    settings = f"{settings[:52]}-{zlib.crc32(settings.encode()):08x}"
+                task = re.sub(r"[^\w.-]+", "-", env_id)
+                name = "__".join([task, algo, seed, *([settings] if settings else [])])
                 folder = find_run(Path(runs_dir), algo, dataclasses.asdict(args))
                 state = "new" if folder is None else "resumed"
                 if folder is not None:
@@ -151,7 +144,6 @@ def execute(jobs: list[Job], workers: int) -> list[Job]:
 
     def one(job: Job) -> Job:
         if not stopping:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
             with open(job.log, "ab") as log:
                 log.write(f"$ {shlex.join(job.command)}\n".encode())
                 log.flush()
@@ -228,6 +220,11 @@ def main() -> int:
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        (Path(args.runs_dir) / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --runs-dir {args.runs_dir}: must be writable: {error.strerror}", file=sys.stderr)
+        return 2
     try:
         failed = execute(todo, args.workers)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""benchmark.sh: the exact commands, parallel runs, resuming, skipping, and failures that are never swallowed."""
+"""benchmark.sh: exact commands, parallel runs, resuming, skipping, and failures that are never swallowed."""
 
 import os
 import shlex
@@ -6,13 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, TINY, TINY_MODEL, differing, run
 
-SIZES = {name: value for name, value in (TINY | TINY_MODEL).items() if name not in ("env-id", "num-threads")}
-EXTRA = [part for name, value in SIZES.items() for part in (f"--{name}", str(value))]
+
+def words(sizes: dict) -> list[str]:
+    """Flags for after the --, but for those that the launcher itself sets."""
+    own = ("env-id", "num-threads")
+    return [part for name, value in sizes.items() if name not in own for part in (f"--{name}", str(value))]
+
+
+EXTRA, EXTRA_MODEL = [*words(TINY), "--num-threads", "1"], words(TINY_MODEL)
 
 
 def start(*flags: object, **options) -> subprocess.Popen:
@@ -51,17 +58,9 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
 
 def test_runs_all_then_skips_all(tmp_path):
     """Two algorithms, two seeds, two workers; again: nothing to do; the results are those of single runs."""
-    flags = [
-        "--env-ids",
-        "tests.tasks:Cliff-v0",
-        "--seeds",
-        "1,2",
-        "--workers",
-        2,
-        "--runs-dir",
-        tmp_path / "runs",
-    ]
-    code, out, error = benchmark(*flags, "--", *EXTRA, "--num-threads", 1)
+    flags = ["--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--workers", 2]
+    flags, extra = [*flags, "--runs-dir", tmp_path / "runs"], [*EXTRA, *EXTRA_MODEL]
+    code, out, error = benchmark(*flags, "--", *extra)
     assert code == 0, error
     assert "4 runs, 4 complete, 0 failed" in out
     found = folders(tmp_path / "runs")
@@ -71,16 +70,15 @@ def test_runs_all_then_skips_all(tmp_path):
     (same,) = [folder for folder in found if "__sac_mve__2__" in folder.name]
     assert differing(alone / "final.pt", same / "final.pt") == []
 
-    code, out, _ = benchmark(*flags, "--", *EXTRA, "--num-threads", 1)
+    code, out, _ = benchmark(*flags, "--", *extra)
     assert code == 0 and "4 runs, 4 finished" in out and out.count("finished  ") == 4
     assert folders(tmp_path / "runs") == found
-    code, out, _ = benchmark(*flags, "--dry-run", "--", *EXTRA, "--num-threads", 1, "--gamma", 0.9)
+    code, out, _ = benchmark(*flags, "--dry-run", "--", *extra, "--gamma", 0.9)
     assert code == 0 and out.count("new  ") == 4  # other arguments are another run
 
 
 def test_stopped_benchmark_resumes_where_it_was(tmp_path):
-    """SIGTERM in the middle: the runs stop with their checkpoints; the same command finishes them in the same bits."""
-    long = [*EXTRA, "--num-threads", 1, "--total-timesteps", 1500]
+    """SIGTERM in the middle stops the runs with their checkpoints; the same command finishes them exactly."""
     flags = [
         "--algos",
         "sac",
@@ -91,7 +89,8 @@ def test_stopped_benchmark_resumes_where_it_was(tmp_path):
         "--runs-dir",
         tmp_path / "runs",
     ]
-    process = start(*flags, "--", *long)
+    flags += ["--", *EXTRA, "--total-timesteps", 1500]
+    process = start(*flags)
     while not list(tmp_path.glob("runs/*/checkpoint.previous.pt")):
         time.sleep(0.01)
         assert process.poll() is None
@@ -100,7 +99,7 @@ def test_stopped_benchmark_resumes_where_it_was(tmp_path):
     assert process.returncode == 143
     (folder,) = folders(tmp_path / "runs")
     assert not (folder / "final.pt").exists()
-    code, out, error = benchmark(*flags, "--", *long)
+    code, out, error = benchmark(*flags)
     assert code == 0, error
     assert out.startswith("resumed") and f"--resume {folder}" in out
     assert folders(tmp_path / "runs") == [folder]
@@ -110,13 +109,12 @@ def test_stopped_benchmark_resumes_where_it_was(tmp_path):
 
 def test_failed_run_among_good_ones_is_named(tmp_path):
     flags = ["--algos", "sac", "--env-ids", "tests.tasks:LateNan-v0,tests.tasks:Cliff-v0", "--seeds", 1]
-    extra = [*EXTRA, "--num-threads", 1, "--eval-every", 300]
-    code, out, error = benchmark(*flags, "--runs-dir", tmp_path / "runs", "--workers", 1, "--", *extra)
+    flags += ["--runs-dir", tmp_path / "runs", "--workers", 1, "--", *EXTRA, "--eval-every", 300]
+    code, out, error = benchmark(*flags)
     assert code == 1
     assert "2 runs, 1 complete, 1 failed" in out
     (line,) = [line for line in error.splitlines() if line.startswith("failed: ")]
-    log = line.split()[-1]
-    assert "LateNan" in line and "must be finite, got inf" in open(log).read()
+    assert "LateNan" in line and "must be finite, got inf" in Path(line.split()[-1]).read_text()
 
 
 @pytest.mark.parametrize(

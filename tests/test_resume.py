@@ -158,7 +158,7 @@ def test_resuming_a_complete_run_changes_nothing(algo, tmp_path, capsys):
 
 
 def test_checkpoint_holds_everything(algo, tmp_path):
-    """Targets, temperature, optimisers with their moments, replay, normaliser, generators: named, not guessed."""
+    """Targets, temperature, optimisers with their moments, replay, normaliser, generators: named."""
     state = torch.load(run(algo, tmp_path) / "checkpoint.pt", weights_only=True)
     agent = {"actor", "critic", "critic_target", "log_alpha", "optimizer"}
     agent |= {"model", "termination", "model_optimizer"} if algo == "sac_mve" else set()

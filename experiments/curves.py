@@ -1,0 +1,156 @@
+"""Learning curves and a table from evaluation files.
+
+    python experiments/curves.py export runs docs/results/foundation     # eval.csv of every complete run
+    python experiments/curves.py plot docs/results/foundation/Hopper-v5 --out docs/figures/hopper.png
+
+Exported files lie at <folder>/<task>/<algorithm>/<settings>/<seed>.csv, settings being `default` or the flags that
+differ from the file's defaults and matter for learning. The table and the shaded band are the mean and the lowest
+and highest seed; nothing is smoothed and no seed is left out. Figures need pip install -e '.[bench]'.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+]  # Okabe and Ito: safe for all eyes
+NOT_SETTINGS = {
+    "env_id",
+    "seed",
+    "total_timesteps",
+    "learning_starts",
+    "eval_every",
+    "eval_episodes",
+    "log_every",
+}
+NOT_SETTINGS |= {
+    "checkpoint_every",
+    "runs_dir",
+    "resume",
+    "device",
+    "num_threads",
+    "capture_video",
+    "diagnose_every",
+}
+
+
+def export(runs: Path, target: Path) -> int:
+    """Copy the eval.csv of every complete run below `runs`; returns how many. Other programs' runs have no args."""
+    from launch import load
+
+    count = 0
+    for path in sorted(runs.glob("*/eval.csv")):
+        folder = path.parent
+        env_id, algo, seed, _ = folder.name.split("__")
+        settings = "default"
+        if (folder / "args.json").exists():
+            if not (folder / "final.pt").exists():
+                continue
+            args, defaults = (
+                json.loads((folder / "args.json").read_text())["args"],
+                dataclasses.asdict(load(algo).Args()),
+            )
+            changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
+            if "horizon" in args:
+                changed = ["horizon", *(n for n in changed if n != "horizon")]
+            settings = "_".join(f"{name}-{args[name]}" for name in changed) or "default"
+        place = target / env_id / algo / settings / f"{seed}.csv"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+        count += 1
+    return count
+
+
+def read(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{method: {seed: [(step, return), ..]}} below <folder>, method being algorithm and settings."""
+    methods: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for path in sorted(folder.glob("*/*/*.csv")):
+        settings = (
+            ""
+            if path.parent.name == "default"
+            else ", " + path.parent.name.replace("-", " ").replace("_", ", ")
+        )
+        with open(path) as file:
+            rows = [(int(row["step"]), float(row["return_mean"])) for row in csv.DictReader(file)]
+        methods.setdefault(path.parent.parent.name + settings, {})[path.stem] = rows
+    return methods
+
+
+def table(methods: dict) -> str:
+    """Final evaluation of every seed, and their mean, as Markdown."""
+    seeds = sorted({seed for runs in methods.values() for seed in runs}, key=int)
+    lines = ["| method | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |"]
+    lines.append("|---" * (len(seeds) + 2) + "|")
+    for method, runs in methods.items():
+        finals = [runs[seed][-1][1] if seed in runs else None for seed in seeds]
+        mean = statistics.mean(value for value in finals if value is not None)
+        cells = ["" if value is None else f"{value:.1f}" for value in [*finals, mean]]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(methods: dict, title: str, out: Path) -> None:
+    """Mean over seeds and the band from the lowest to the highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
+    for (method, runs), colour in zip(methods.items(), COLOURS, strict=False):
+        steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
+        values = [[dict(rows)[step] for rows in runs.values()] for step in steps]
+        axes.plot(
+            steps, [statistics.mean(v) for v in values], color=colour, label=f"{method} ({len(runs)} seeds)"
+        )
+        axes.fill_between(
+            steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0
+        )
+    axes.set(title=title, xlabel="environment steps", ylabel="return (deterministic policy)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    copy = commands.add_parser("export")
+    copy.add_argument("runs", type=Path)
+    copy.add_argument("target", type=Path)
+    draw = commands.add_parser("plot")
+    draw.add_argument("folder", type=Path)
+    draw.add_argument("--out", type=Path, help="picture to write; without it only the table is printed")
+    args = parser.parse_args()
+    if args.command == "export":
+        print(f"{export(args.runs, args.target)} runs exported to {args.target}")
+        return 0
+    methods = read(args.folder)
+    if not methods:
+        print(f"error: {args.folder}: must hold <algorithm>/<settings>/<seed>.csv", file=sys.stderr)
+        return 2
+    print(table(methods))
+    if args.out:
+        plot(methods, args.folder.name, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

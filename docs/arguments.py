@@ -17,9 +17,8 @@ def arguments(algo: str) -> str:
     parts = []
     for base in classes["Args"].bases:
         node = classes[base.id]
-        parts.append(
-            f"**{base.id}.** {ast.get_docstring(node)}\n\n| flag | default | meaning and source |\n|---|---|---|"
-        )
+        head = "| flag | default | meaning and source |\n|---|---|---|"
+        parts.append(f"**{base.id}.** {ast.get_docstring(node)}\n\n{head}")
         for field, docstring in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign):
                 flag, default = field.target.id.replace("_", "-"), ast.literal_eval(field.value)

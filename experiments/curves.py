@@ -3,9 +3,9 @@
     python experiments/curves.py export runs docs/results/foundation     # eval.csv of every complete run
     python experiments/curves.py plot docs/results/foundation/Hopper-v5 --out docs/figures/hopper.png
 
-Exported files lie at <folder>/<task>/<algorithm>/<settings>/<seed>.csv, settings being `default` or the flags that
-differ from the file's defaults and matter for learning. The table and the shaded band are the mean and the lowest
-and highest seed; nothing is smoothed and no seed is left out. Figures need pip install -e '.[bench]'.
+Exported files lie at <folder>/<task>/<algorithm>/<settings>/<seed>.csv, settings being `default` or the
+flags that differ from the file's defaults and matter for learning. The line is the mean over seeds, the band
+reaches from the lowest to the highest; nothing is smoothed, no seed left out. Figures: the extra `bench`.
 """
 
 import argparse
@@ -27,28 +27,12 @@ COLOURS = [
     "#E69F00",
     "#56B4E9",
 ]  # Okabe and Ito: safe for all eyes
-NOT_SETTINGS = {
-    "env_id",
-    "seed",
-    "total_timesteps",
-    "learning_starts",
-    "eval_every",
-    "eval_episodes",
-    "log_every",
-}
-NOT_SETTINGS |= {
-    "checkpoint_every",
-    "runs_dir",
-    "resume",
-    "device",
-    "num_threads",
-    "capture_video",
-    "diagnose_every",
-}
+NOT_SETTINGS = """env_id seed total_timesteps learning_starts eval_every eval_episodes log_every
+    checkpoint_every runs_dir resume device num_threads capture_video diagnose_every""".split()
 
 
 def export(runs: Path, target: Path) -> int:
-    """Copy the eval.csv of every complete run below `runs`; returns how many. Other programs' runs have no args."""
+    """Copy the eval.csv of every complete run below `runs`; returns how many."""
     from launch import load
 
     count = 0
@@ -66,7 +50,7 @@ def export(runs: Path, target: Path) -> int:
             changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
             if "horizon" in args:
                 changed = ["horizon", *(n for n in changed if n != "horizon")]
-            settings = "_".join(f"{name}-{args[name]}" for name in changed) or "default"
+            settings = "__".join(f"{name}-{args[name]}" for name in changed) or "default"
         place = target / env_id / algo / settings / f"{seed}.csv"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
@@ -78,14 +62,11 @@ def read(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """{method: {seed: [(step, return), ..]}} below <folder>, method being algorithm and settings."""
     methods: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for path in sorted(folder.glob("*/*/*.csv")):
-        settings = (
-            ""
-            if path.parent.name == "default"
-            else ", " + path.parent.name.replace("-", " ").replace("_", ", ")
-        )
+        settings = path.parent.name.replace("__", ", ").replace("-", " ")
+        method = path.parent.parent.name + ("" if settings == "default" else f", {settings}")
         with open(path) as file:
             rows = [(int(row["step"]), float(row["return_mean"])) for row in csv.DictReader(file)]
-        methods.setdefault(path.parent.parent.name + settings, {})[path.stem] = rows
+        methods.setdefault(method, {})[path.stem] = rows
     return methods
 
 

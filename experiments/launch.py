@@ -3,9 +3,9 @@
     ./benchmark.sh --algos sac,sac_mve --env-ids InvertedPendulum-v5,Hopper-v5 --seeds 1,2,3 -- --horizon 3
 
 What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run
-prints the exact commands and stops. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when
-all its arguments agree, so the same line can be given again after a crash, or with more seeds. Exit code: 0
-when every run is complete, 1 when some failed (they are named, with their logs), 2 for a mistake.
+prints the exact commands and stops. Each run writes its output to <runs-dir>/logs/. A run belongs to a
+command when all its arguments agree, so the same line can be given again after a crash, or with more seeds.
+Exit code: 0 when every run is complete, 1 when some failed (named, with their logs), 2 for a mistake.
 """
 
 import argparse

@@ -22,10 +22,10 @@ TINY_MODEL = {"model-hidden": 16, "model-layers": 2, "model-warm-up": 5, "normal
 TINY_MODEL |= {"diagnose-every": 40}
 
 
-def load(name: str):
-    """algos/<name>.py as a module, loaded once."""
+def load(name: str, path: Path | None = None):
+    """algos/<name>.py (or another file) as a module, loaded once."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path or ROOT / "algos" / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

@@ -332,20 +332,18 @@ class Agent:
     @torch.no_grad()
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
-        x = torch.as_tensor(obs, device=self.device)[None]
-        action = self.actor(x)[0].tanh() if deterministic else self.actor.sample(x)[0]
-        return action[0].cpu().numpy()
+        mean, log_std = self.actor(torch.as_tensor(obs, device=self.device)[None])
+        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        return u.tanh()[0].cpu().numpy()
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
         """One gradient step. Metrics stay tensors: reading one would stall a GPU."""
-        args, alpha = self.args, self.log_alpha.detach().exp()
-        batch = buffer[buffer.sample(args.batch_size)]
+        batch = buffer[buffer.sample(self.args.batch_size)]
+        alpha, gamma, tau = self.log_alpha.detach().exp(), self.args.gamma, self.args.tau
         with torch.no_grad():
             next_action, next_log_prob = self.actor.sample(batch.next_obs)
             next_q = self.critic_target(batch.next_obs, next_action).amin(0)
-            target = soft_target(
-                batch.reward, batch.terminated, next_q, next_log_prob, alpha, args.gamma
-            )  # (1)
+            target = soft_target(batch.reward, batch.terminated, next_q, next_log_prob, alpha, gamma)  # (1)
         q = self.critic(batch.obs, batch.action)
         critic_loss = twin_loss(q, target)  # (2)
 
@@ -356,7 +354,7 @@ class Agent:
         self.optimizer.zero_grad()
         (critic_loss + actor_loss + alpha_loss).backward()  # no parameter is in two of them
         self.optimizer.step()
-        polyak(self.critic_target, self.critic, args.tau)  # (5)
+        polyak(self.critic_target, self.critic, tau)  # (5)
         return {
             "losses/qf_loss": critic_loss.detach(),
             "losses/qf_values": q.detach().mean(),

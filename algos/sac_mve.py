@@ -448,11 +448,12 @@ class Rollout(NamedTuple):
     done: list[Tensor]  # H of [B], 0 or 1
 
 
-def expand(reward: list, done: list, log_prob: list, next_q: Tensor, alpha: Tensor, gamma: float) -> Tensor:
-    """(1a, 1b): H rewards and dones, H + 1 log π, y_H = next_q, all [B] -> y_0 .. y_H [H + 1, B]."""
+def expand(rollout: Rollout, horizon: int, next_q: Tensor, alpha: Tensor, gamma: float) -> Tensor:
+    """(1a, 1b) with H = horizon: y_H = next_q [B], then backwards -> y_0 .. y_H [H + 1, B]."""
     values = [next_q]
-    for t in reversed(range(len(reward))):
-        values.append(soft_target(reward[t], done[t], values[-1], log_prob[t + 1], alpha, gamma))
+    for t in reversed(range(horizon)):
+        reward, done, log_prob = rollout.reward[t], rollout.done[t], rollout.log_prob[t + 1]
+        values.append(soft_target(reward, done, values[-1], log_prob, alpha, gamma))
     return torch.stack(values[::-1])
 
 
@@ -494,9 +495,9 @@ class Agent:
     @torch.no_grad()
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
-        x = torch.as_tensor(obs, device=self.device)[None]
-        action = self.actor(x)[0].tanh() if deterministic else self.actor.sample(x)[0]
-        return action[0].cpu().numpy()
+        mean, log_std = self.actor(torch.as_tensor(obs, device=self.device)[None])
+        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        return u.tanh()[0].cpu().numpy()
 
     def predict_termination(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         """Logit [B] that the step from obs [B, n] to next_obs [B, n] ended the episode."""
@@ -518,27 +519,21 @@ class Agent:
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
         """One gradient step of the agent after those of the model. Metrics stay tensors, for a GPU's sake."""
-        args, alpha = self.args, self.log_alpha.detach().exp()
-        metrics = self.update_model(buffer, step) if args.horizon > 0 else {}
-        batch = buffer[buffer.sample(args.batch_size)]
-        reward, terminated = (
-            batch.reward.repeat(args.num_particles),
-            batch.terminated.repeat(args.num_particles),
-        )
+        horizon, particles = self.args.horizon, self.args.num_particles
+        metrics = self.update_model(buffer, step) if horizon > 0 else {}
+        batch = buffer[buffer.sample(self.args.batch_size)]
+        alpha, gamma, tau = self.log_alpha.detach().exp(), self.args.gamma, self.args.tau
+        reward, ended = batch.reward.repeat(particles), batch.terminated.repeat(particles)
         with torch.no_grad():
-            rollout = self.imagine(batch.next_obs.repeat(args.num_particles, 1))
+            rollout = self.imagine(batch.next_obs.repeat(particles, 1))
             next_q = self.critic_target(rollout.obs[-1], rollout.action[-1]).amin(0)
-            values = expand(
-                rollout.reward, rollout.done, rollout.log_prob, next_q, alpha, args.gamma
-            )  # (1a, 1b)
-            target = soft_target(
-                reward, terminated, values[0], rollout.log_prob[0], alpha, args.gamma
-            )  # (1c)
-            target = target.view(args.num_particles, -1).mean(0)
+            values = expand(rollout, horizon, next_q, alpha, gamma)  # (1a, 1b)
+            target = soft_target(reward, ended, values[0], rollout.log_prob[0], alpha, gamma)  # (1c)
+            target = target.view(particles, -1).mean(0)
         q = self.critic(batch.obs, batch.action)
         critic_loss = twin_loss(q, target)  # (2)
-        if args.tdk and args.horizon > 0:
-            alive = torch.stack([1 - terminated, *(1 - done for done in rollout.done[:-1])]).cumprod(0)
+        if self.args.tdk and horizon > 0:
+            alive = torch.stack([1 - ended, *(1 - done for done in rollout.done[:-1])]).cumprod(0)
             imagined = self.critic(torch.cat(rollout.obs[:-1]), torch.cat(rollout.action[:-1]))
             critic_loss = tdk_loss(critic_loss, imagined.view(2, *alive.shape), values[:-1], alive)  # (8)
 
@@ -548,10 +543,10 @@ class Agent:
 
         self.optimizer.zero_grad()
         (critic_loss + actor_loss + alpha_loss).backward()  # no parameter is in two of them
-        if args.horizon > 0 and step % args.diagnose_every == 0:
-            metrics |= self.diagnose(buffer, reward, terminated, rollout)
+        if horizon > 0 and step % self.args.diagnose_every == 0:
+            metrics |= self.diagnose(buffer, reward, ended, rollout)
         self.optimizer.step()
-        polyak(self.critic_target, self.critic, args.tau)  # (5)
+        polyak(self.critic_target, self.critic, tau)  # (5)
         return metrics | {
             "losses/qf_loss": critic_loss.detach(),
             "losses/qf_values": q.detach().mean(),
@@ -593,21 +588,17 @@ class Agent:
         return {"model/loss": model_loss.detach(), "model/termination_loss": termination_loss.detach()}
 
     @torch.no_grad()
-    def diagnose(self, buffer: ReplayBuffer, reward: Tensor, terminated: Tensor, rollout: Rollout) -> dict:
+    def diagnose(self, buffer: ReplayBuffer, reward: Tensor, ended: Tensor, rollout: Rollout) -> dict:
         """Targets of every horizon 0 .. H from one rollout, and the model's errors on held-out episodes."""
         args, model, alpha = self.args, self.model, self.log_alpha.exp()
-        q = (
-            self.critic_target(torch.cat(rollout.obs), torch.cat(rollout.action))
-            .amin(0)
-            .view(-1, len(reward))
-        )
+        q = self.critic_target(torch.cat(rollout.obs), torch.cat(rollout.action)).amin(0)
         targets = []
-        for h in range(args.horizon + 1):
-            values = expand(rollout.reward[:h], rollout.done[:h], rollout.log_prob, q[h], alpha, args.gamma)
-            targets.append(soft_target(reward, terminated, values[0], rollout.log_prob[0], alpha, args.gamma))
+        for h, next_q in enumerate(q.view(args.horizon + 1, -1)):
+            values = expand(rollout, h, next_q, alpha, args.gamma)
+            targets.append(soft_target(reward, ended, values[0], rollout.log_prob[0], alpha, args.gamma))
         metrics = {f"expansion/target_mean_{h}": target.mean() for h, target in enumerate(targets)}
         metrics["expansion/spread_over_horizons"] = torch.stack(targets).std(0, correction=0).mean()
-        metrics["expansion/alive"] = (1 - torch.stack([terminated, *rollout.done])).prod(0).mean()
+        metrics["expansion/alive"] = (1 - torch.stack([ended, *rollout.done])).prod(0).mean()
         metrics["model/rollout_magnitude"] = ((rollout.obs[-1] - model.mean) / model.std).abs().mean()
         with torch.random.fork_rng(
             [self.device] if self.device.type == "cuda" else []
@@ -620,12 +611,12 @@ class Agent:
                 metrics[f"model/error_{k + 1}"] = ((obs - real.next_obs) / model.std).square().mean().sqrt()
             real = buffer[held_out_windows(buffer, 1)]
             if len(real.reward):
-                next_obs, predicted = model.step(real.obs, real.action, noise=False)
-                metrics["model/reward_error"] = (predicted - real.reward).square().mean().sqrt()
-                ended = self.predict_termination(real.obs, real.action, next_obs) > 0
-                metrics["model/termination_accuracy"] = (ended == (real.terminated > 0)).float().mean()
+                next_obs, reward = model.step(real.obs, real.action, noise=False)
+                hit = (self.predict_termination(real.obs, real.action, next_obs) > 0) == (real.terminated > 0)
+                metrics["model/reward_error"] = (reward - real.reward).square().mean().sqrt()
+                metrics["model/termination_accuracy"] = hit.float().mean()
                 if real.terminated.any():
-                    metrics["model/termination_recall"] = ended[real.terminated > 0].float().mean()
+                    metrics["model/termination_recall"] = hit[real.terminated > 0].float().mean()
         return metrics
 
     def state_dict(self) -> dict:

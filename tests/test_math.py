@@ -406,7 +406,8 @@ def test_entropy_counts_once_per_imagined_action():
     """Rewards 0, Q̄ = 0, log π = −1, α = 0.2, γ = 0.9: T_H = 0.2 γ (1 − γ^{H+1}) / (1 − γ); H = 2: 0.4878."""
     alpha, zero, log_prob = column(0.2), column(0.0), column(-1.0)
     for horizon in (0, 1, 2, 7):
-        values = mve.expand([zero] * horizon, [zero] * horizon, [log_prob] * (horizon + 1), zero, alpha, 0.9)
+        steps = mve.Rollout([], [], [log_prob] * (horizon + 1), [zero] * horizon, [zero] * horizon)
+        values = mve.expand(steps, horizon, zero, alpha, 0.9)
         target = mve.soft_target(zero, zero, values[0], log_prob, alpha, 0.9).item()
         assert target == pytest.approx(0.2 * 0.9 * (1 - 0.9 ** (horizon + 1)) / 0.1, abs=1e-12)
         if horizon == 2:
@@ -417,7 +418,8 @@ def test_entropy_at_an_imagined_termination():
     """d̂₀ = 1: T = r − γ α log π₀ + γ r̂₀, whatever comes later."""
     one, zero, alpha = column(1.0), column(0.0), column(0.2)
     log_probs = [column(-1.5), column(-7.0), column(-9.0)]
-    values = mve.expand([column(2.0), column(4.0)], [one, zero], log_probs, column(100.0), alpha, 0.9)
+    rollout = mve.Rollout([], [], log_probs, [column(2.0), column(4.0)], [one, zero])
+    values = mve.expand(rollout, 2, column(100.0), alpha, 0.9)
     target = mve.soft_target(column(3.0), zero, values[0], log_probs[0], alpha, 0.9)
     assert target.item() == pytest.approx(3 + 0.9 * 0.2 * 1.5 + 0.9 * 2, abs=1e-12)
 
@@ -425,7 +427,8 @@ def test_entropy_at_an_imagined_termination():
 def test_tdk_arithmetic():
     """γ = 0.5, r = 1, r̂ = (2, 4), y₂ = 8: y₁ = 8, y₀ = 6, y = 4; for Q = 0 the loss is (16+36+64)/2 = 58."""
     zero = column(0.0)
-    values = mve.expand([column(2.0), column(4.0)], [zero, zero], [zero] * 3, column(8.0), zero, 0.5)
+    rollout = mve.Rollout([], [], [zero] * 3, [column(2.0), column(4.0)], [zero, zero])
+    values = mve.expand(rollout, 2, column(8.0), zero, 0.5)
     assert values[:, 0].tolist() == [6.0, 8.0, 8.0]
     target = mve.soft_target(column(1.0), zero, values[0], zero, zero, 0.5)
     assert target.item() == 4.0

@@ -181,6 +181,8 @@ def test_update_uses_the_smaller_target_critic_the_mask_and_the_entropy(algo, mo
     samples = []
     original = agent.actor.sample
     agent.actor.sample = lambda obs: samples.append((obs, *original(obs))) or samples[-1][1:]
+    for parameter in agent.critic_target.parameters():
+        parameter.data.mul_(1.5)  # unlike the online critics
     torch.manual_seed(3)
     agent_target = [p.clone() for p in agent.critic_target.parameters()]
     agent.update(buffer, 61)

@@ -53,7 +53,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("windows cross episodes", "found = first[whole & held_out", "found = first[held_out", MATH),
     ("diagnosis moves the generator", "with torch.random.fork_rng(", "with contextlib.nullcontext(", MATH),
     ("truncation stored as termination", "next_obs, terminated, episode)", "next_obs, terminated or truncated, episode)", FAILURES),
-    ("reset stored as successor", "obs, episode_return = next_obs,", "obs, episode_return = env.reset()[0],", RUNS),
+    ("reset stored as successor", "buffer.add(obs, action, reward, next_obs,", "buffer.add(obs, action, reward, env.reset()[0] if terminated or truncated else next_obs,", FAILURES),
     ("environment seed ignored", "env.reset(seed=args.seed)", "env.reset()", RUNS),
     ("evaluation explores", "agent.act(obs, deterministic=True)", "agent.act(obs, deterministic=False)", RUNS),
     ("target entropy halved", "-float(action_dim) if", "-float(action_dim) / 2 if", FAILURES),

@@ -416,6 +416,14 @@ def test_entropy_counts_once_per_imagined_action():
             assert target == pytest.approx(0.4878, abs=1e-12)
 
 
+def test_each_entropy_is_that_of_its_own_step():
+    """Rewards 0, Q̄ = 0: T_H = −α Σ_t γ^{t+1} log π_t with a log π of its own at every step."""
+    alpha, zero, log_probs = column(0.2), column(0.0), [column(-1.0), column(-10.0), column(-100.0)]
+    values = mve.expand(mve.Rollout([], [], log_probs, [zero] * 2, [zero] * 2), 2, zero, alpha, 0.9)
+    target = mve.soft_target(zero, zero, values[0], log_probs[0], alpha, 0.9)
+    assert target.item() == pytest.approx(0.2 * (0.9 * 1 + 0.81 * 10 + 0.729 * 100), abs=1e-12)
+
+
 def test_entropy_at_an_imagined_termination():
     """d̂₀ = 1: T = r − γ α log π₀ + γ r̂₀, whatever comes later."""
     one, zero, alpha = column(1.0), column(0.0), column(0.2)
@@ -589,6 +597,19 @@ def test_rows_are_dealt_to_members_evenly_and_come_back_in_order():
     for row in seen:
         assert torch.bincount(row.long(), minlength=5).min() >= 3 and torch.bincount(row.long()).max() <= 5
     assert all(len(set(seen[:, i].tolist())) == 5 for i in range(23))
+
+
+def test_each_row_gets_the_prediction_for_itself():
+    """With a prediction that depends on state and action, 23 rows through 5 members: none is swapped."""
+    model = mve.GaussianEnsemble(5, 1, 1, 1, 8)
+    model.forward = lambda obs, action: (
+        torch.cat([100 * obs, 7 * action], 2),
+        torch.zeros(5, obs.shape[1], 2),
+    )
+    obs, action = torch.randn(23, 1), torch.randn(23, 1)
+    next_obs, reward = model.step(obs, action, noise=False)
+    assert torch.allclose(next_obs, 101 * obs)
+    assert torch.allclose(reward, 7 * action[:, 0])
 
 
 def test_normaliser_and_its_clip():

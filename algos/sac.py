@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -52,6 +52,7 @@ ALGO = Path(__file__).stem
 CHECKPOINT_FORMAT = 1
 Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
 Natural = Annotated[int, (0, 2**31 - 1)]
+Width = Annotated[int, (1, 65_536)]
 Fraction = Annotated[float, (0, 1)]
 Rate = Annotated[float, (0, math.inf)]
 
@@ -71,12 +72,13 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 def check_ranges(args: object) -> None:
-    """Raise BadInput for the first field of a dataclass outside the range in its annotation."""
+    """Raise BadInput for the first field outside the range in its annotation, or not finite."""
     for field in dataclasses.fields(args):
         value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
-        for low, high in limits:
+        for low, high in limits or [(-math.inf, math.inf)] * isinstance(value, float):
             allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            require(low <= value <= high and value < math.inf, field.name, value, allowed)
+            allowed = "finite" if low == -math.inf else allowed
+            require(low <= value <= high and math.isfinite(value), field.name, value, allowed)
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Run:
     """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
-    num_threads: Count = 2
+    num_threads: Annotated[int, (1, 1024)] = 2
     """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
     capture_video: bool = False
     """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
@@ -143,20 +145,13 @@ class SAC:
     """First temperature α (authors' code)."""
     target_entropy: float | None = None
     """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
-    hidden: Count = 256
+    hidden: Width = 256
     """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        finite = self.target_entropy is None or math.isfinite(self.target_entropy)
-        require(finite, "target_entropy", self.target_entropy, "finite, or None for -dim(A)")
 
 
 @dataclass
 class Args(Run, SAC):
-    def __post_init__(self) -> None:
-        Run.__post_init__(self)
-        SAC.__post_init__(self)
+    """Everything that can be set; Run.__post_init__ checks all of it."""
 
 
 class StackedLinear(nn.Module):
@@ -269,14 +264,14 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
 
-    Raises BadInput if it would take more than 90 % of the available memory.
+    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
     """
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-        row_bytes, available = 4 * sum(self.widths) + 4, available_memory(device)
-        fits = f"at most {int(0.9 * available / row_bytes)} with {available / 1e9:.1f} GB of memory available"
-        require(capacity * row_bytes <= 0.9 * available, "buffer_size", capacity, fits)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)
+        most = int(0.9 * available_memory(device) / row_bytes)
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.capacity, self.added = capacity, 0
@@ -303,7 +298,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """The filled part, copied: saving a view would save the whole ring."""
-        rows, episode = self.rows[: self.size].clone(), self.episode[: self.size].clone()
+        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
         return {"added": self.added, "rows": rows, "episode": episode}
 
     def load_state_dict(self, state: dict) -> None:
@@ -380,7 +375,7 @@ def available_memory(device: torch.device) -> float:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):  # Linux
+    with contextlib.suppress(OSError, TypeError):  # Linux
         return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -401,12 +396,24 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
         require(False, "env_id", env_id, f"a task that can be made: {why}")
-    space, actions = env.observation_space, env.action_space
+    space, box = env.observation_space, env.action_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
-    continuous = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
-    bounded = continuous and len(actions.shape) == 1 and actions.is_bounded()
-    require(bounded, "env_id", env_id, f"with a bounded, continuous, flat Box of actions, not {actions}")
-    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+    continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    bounded = continuous and box.is_bounded()
+    require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    middle, half = (box.high + box.low) / 2, (box.high - box.low) / 2
+    unit = gym.spaces.Box(-1, 1, (math.prod(box.shape),))
+    scale = lambda action: np.clip(middle + half * action.reshape(box.shape), box.low, box.high)  # noqa: E731
+    return gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), scale, unit)
+
+
+def finite(step: int, name: str, value) -> np.ndarray:
+    """The task's number or array as float32. Raises BadInput if it is not finite."""
+    with np.errstate(over="ignore"):
+        result = np.asarray(value, np.float32)
+    if not np.isfinite(result).all():
+        raise BadInput(f"step {step}: the task's {name} must be finite in float32, got {value}")
+    return result
 
 
 def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
@@ -414,70 +421,77 @@ def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, 
     if not np.isfinite(action).all():
         raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
     obs, reward, terminated, truncated, _ = env.step(action)
-    for name, value in (("reward", reward), ("observation", obs)):
-        if not np.isfinite(value).all():
-            raise BadInput(f"step {step}: the task's {name} must be finite, got {value}")
-    return np.asarray(obs, np.float32), float(reward), bool(terminated), bool(truncated)
+    obs, reward = finite(step, "observation", obs), float(finite(step, "reward", reward))
+    return obs, reward, bool(terminated), bool(truncated)
 
 
 def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
-    env = make_env(args.env_id, video_dir)
-    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    env, returns, lengths = make_env(args.env_id, video_dir), [], []
     for episode in range(args.eval_episodes):
-        obs, done = np.asarray(env.reset(seed=None if episode else args.seed + 100)[0], np.float32), False
+        obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
+        obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
         while not done:
             obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
-            returns[episode] += reward
-            lengths[episode] += 1
-            done = terminated or truncated
+            episode_return, length, done = episode_return + reward, length + 1, terminated or truncated
+        returns.append(episode_return)
+        lengths.append(length)
     env.close()
-    stats = {"return_mean": returns.mean(), "return_std": returns.std(), "length_mean": lengths.mean()}
+    stats = {"return_mean": np.mean(returns), "return_std": np.std(returns), "length_mean": np.mean(lengths)}
     return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename: the path always holds the old bytes or the new. Raises RunFailed."""
+def write_atomically(path: Path, write, keep: Path | None = None) -> None:
+    """write(file), fsync, rename: path holds old bytes or new, `keep` then the old. Raises RunFailed."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(path.with_name(path.name + ".tmp"), "wb") as file:
-            file.write(data)
+        with open(temporary, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror}") from error
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error}") from error
 
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    write_atomically(run_dir / "eval.csv", ("\n".join(lines) + "\n").encode())
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows), ""]
+    write_atomically(run_dir / "eval.csv", lambda file: file.write("\n".join(lines).encode()))
 
 
 def write_args(run_dir: Path, args: "Args") -> None:
     """args.json: every argument, the versions that the bits depend on, the commit of this file."""
-    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version()}
+    for name in ("torch", "numpy", "gymnasium", "mujoco"):
+        with contextlib.suppress(PackageNotFoundError):
+            record[name] = version(name)
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        record["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None
-    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version(), **versions}
-    write_atomically(run_dir / "args.json", json.dumps(record | {"git_commit": commit}, indent=2).encode())
+        record["git_commit"] = None
+    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
-    flat = torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]
-    for keys, leaf in flat:
+    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]:
         if isinstance(leaf, Tensor) and not leaf.isfinite().all():
-            raise RunFailed(f"step {state['step']}: {'.'.join(str(k.key) for k in keys)} is not finite")
-    data = io.BytesIO()
-    torch.save(state, data)
-    new = path.with_suffix(".new.pt")
-    write_atomically(new, data.getbuffer())
-    if path.exists():
-        os.replace(path, path.with_suffix(".previous.pt"))
-    os.replace(new, path)
+            name = ".".join(str(getattr(key, "key", key)) for key in keys)
+            raise RunFailed(f"step {state['step']}: {name} is not finite")
+    write_atomically(path, lambda file: torch.save(state, file), path.with_suffix(".previous.pt"))
 
 
 def load_checkpoint(run_dir: Path) -> dict:
@@ -492,12 +506,9 @@ def load_checkpoint(run_dir: Path) -> dict:
     except Exception as error:  # damaged files raise many types
         hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
         raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
-    ours = (ALGO, CHECKPOINT_FORMAT)
+    ours = f"a run of {ALGO}, format {CHECKPOINT_FORMAT}"
     require(
-        found == ours,
-        "resume",
-        run_dir,
-        f"a run of {ours[0]}, format {ours[1]}, not {found[0]}, format {found[1]}",
+        found == (ALGO, CHECKPOINT_FORMAT), "resume", run_dir, f"{ours}, not {found[0]}, format {found[1]}"
     )
     return state
 
@@ -555,7 +566,7 @@ def train(args: "Args") -> Path:
         state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
         state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
         state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else []}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
 
     if args.resume:
@@ -569,14 +580,19 @@ def train(args: "Args") -> Path:
         if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
             print(f"{run_dir} is complete: {args.total_timesteps} steps")
             return run_dir
-        (run_dir / "final.pt").unlink(missing_ok=True)
+        written_on = "cpu" if saved["cuda_rng"] is None else "cuda"
+        require(written_on == device.type, "device", device.type, f"{written_on} as in {run_dir}")
+        try:
+            agent.load_state_dict(saved["agent"])
+            buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {run_dir}: must fit the task as it is now: {error}") from error
         step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
-        agent.load_state_dict(saved["agent"])
-        buffer.load_state_dict(saved["buffer"])
         torch.set_rng_state(saved["torch_rng"])
-        if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
         task_rng.state = json.loads(saved["task_rng"])
+        (run_dir / "final.pt").unlink(missing_ok=True)
         write_args(run_dir, args)
         write_evaluations(run_dir, rows)
         print(f"resuming {run_dir} at step {step}")
@@ -589,7 +605,7 @@ def train(args: "Args") -> Path:
             write_args(folder, args)
             save(folder / "checkpoint.pt")
 
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else 0)
     bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
 
     def log(scalars: dict[str, object]) -> None:
@@ -605,7 +621,7 @@ def train(args: "Args") -> Path:
     try:
         if step == 0:
             log_evaluation()
-        obs = np.asarray(env.reset()[0], np.float32)
+        obs = finite(step, "observation", env.reset()[0])
         while step < args.total_timesteps:
             step += 1
             warm_up = step <= args.learning_starts
@@ -631,19 +647,21 @@ def train(args: "Args") -> Path:
                 log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
                 bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
                 episode, episode_return, episode_start = episode + 1, 0.0, step
-                if step - last_save >= args.checkpoint_every:
+                if step - last_save >= args.checkpoint_every and step < args.total_timesteps:
                     writer.flush()
                     save(run_dir / "checkpoint.pt")
                     last_save = step
-                obs = np.asarray(env.reset()[0], np.float32)
+                obs = finite(step, "observation", env.reset()[0])
+        writer.flush()
         save(run_dir / "final.pt")
+    except SystemExit:  # a signal
+        again = f"python {sys.argv[0]} --resume {run_dir}"
+        print(f"\nstopped at step {step}; to continue: {again}", file=sys.stderr)
+        raise
     finally:
         bar.close()
         writer.close()
         env.close()
-        if not (run_dir / "final.pt").exists():
-            again = f"python {sys.argv[0]} --resume {run_dir}"
-            print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
     print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
     return run_dir
 
@@ -680,14 +698,14 @@ def parse(argv: list[str] | None = None) -> "Args":
 def main() -> None:
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 1 << 28)
+        ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         train(parse())
-    except (BadInput, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BadInput, RunFailed, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 

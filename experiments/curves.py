@@ -11,6 +11,7 @@ reaches from the lowest to the highest; nothing is smoothed, no seed left out. F
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
@@ -35,10 +36,10 @@ def export(runs: Path, target: Path) -> int:
     """Copy the eval.csv of every complete run below `runs`; returns how many."""
     from launch import load
 
-    count = 0
-    for path in sorted(runs.glob("*/eval.csv")):
+    placed: dict[Path, Path] = {}
+    for path in sorted(runs.glob("[!.]*/eval.csv")):
         folder = path.parent
-        env_id, algo, seed, _ = folder.name.split("__")
+        env_id, algo, seed, _ = folder.name.rsplit("__", 3)
         settings = "default"
         if (folder / "args.json").exists():
             if not (folder / "final.pt").exists():
@@ -52,10 +53,14 @@ def export(runs: Path, target: Path) -> int:
                 changed = ["horizon", *(n for n in changed if n != "horizon")]
             settings = "__".join(f"{name}-{args[name]}" for name in changed) or "default"
         place = target / env_id / algo / settings / f"{seed}.csv"
+        if place in placed:
+            raise SystemExit(
+                f"error: {folder} and {placed[place]}: must not both be {place}; export them apart"
+            )
+        placed[place] = folder
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-        count += 1
-    return count
+    return len(placed)
 
 
 def read(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -91,7 +96,7 @@ def plot(methods: dict, title: str, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
-    for (method, runs), colour in zip(methods.items(), COLOURS, strict=False):
+    for (method, runs), colour in zip(methods.items(), itertools.cycle(COLOURS), strict=False):
         steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
         values = [[dict(rows)[step] for rows in runs.values()] for step in steps]
         axes.plot(

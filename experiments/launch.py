@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_FLAGS = ("--env-id", "--seed", "--runs-dir", "--num-threads", "--resume")
 
 
 @dataclasses.dataclass
@@ -71,7 +72,7 @@ def has_flag(module, flag: str) -> bool:
 def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
     """The newest run folder with exactly these arguments."""
     for folder in sorted(
-        runs_dir.glob(f"*__{algo}__*"), key=lambda path: path.name.split("__")[-1], reverse=True
+        runs_dir.glob(f"[!.]*__{algo}__*"), key=lambda path: path.name.split("__")[-1], reverse=True
     ):
         try:
             record = json.loads((folder / "args.json").read_text())
@@ -98,6 +99,8 @@ def plan(
             raise ValueError(f"--algos {algo}: must be of {known}")
         modules[algo] = load(algo)
     for flag, *_ in groups:
+        if flag.split("=")[0] in OWN_FLAGS:
+            raise ValueError(f"{flag}: must be given before the --")
         if not any(has_flag(module, flag) for module in modules.values()):
             raise ValueError(f"{flag}: must be a flag of at least one of {', '.join(algos)}")
     jobs = []
@@ -190,7 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    split = lambda text: [part for part in text.split(",") if part]  # noqa: E731
+    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))  # noqa: E731
     parser.add_argument(
         "--algos", type=split, default=["sac", "sac_mve"], help="files of algos/, comma-separated"
     )
@@ -199,6 +202,7 @@ def main() -> int:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="runs at a time (default: all cores)"
     )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
     parser.add_argument("--runs-dir", default="runs", help="parent of the run folders (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for the algorithms")
@@ -208,8 +212,8 @@ def main() -> int:
             raise ValueError("--algos, --env-ids, --seeds: must not be empty")
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers}: must be at least 1")
-        threads = max(1, (os.cpu_count() or 1) // args.workers)
-        jobs = plan(args.algos, args.env_ids, args.seeds, args.runs_dir, threads, args.extra)
+        runs_dir = str(Path(args.runs_dir).resolve())
+        jobs = plan(args.algos, args.env_ids, args.seeds, runs_dir, args.threads, args.extra)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -221,7 +225,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        (Path(args.runs_dir) / "logs").mkdir(parents=True, exist_ok=True)
+        (Path(runs_dir) / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         print(f"error: --runs-dir {args.runs_dir}: must be writable: {error.strerror}", file=sys.stderr)
         return 2

@@ -33,6 +33,12 @@ def load(algo: str):
     return module
 
 
+def pinned(threads: int, command: list) -> list[str]:
+    """The command on as many cores as it has threads."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return ["taskset", "-c", ",".join(map(str, cores)), *map(str, command)]
+
+
 def measure_ours(algo: str, env_id: str, threads: int, warm_up: int, steps: int, extra: list[str]) -> float:
     """Steps/s of `python algos/<algo>.py` after its warm-up, from the charts/SPS it logs itself."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,7 +64,7 @@ def measure_ours(algo: str, env_id: str, threads: int, warm_up: int, steps: int,
             every,
         ]
         command += ["--eval-episodes", 1, "--num-threads", threads, "--device", "cpu", *extra]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        subprocess.run(pinned(threads, command), check=True, capture_output=True)
         events = EventAccumulator(str(next(Path(folder).iterdir())))
         events.Reload()
         points = [e.value for e in events.Scalars("charts/SPS") if e.step > warm_up + 200]
@@ -82,13 +88,8 @@ def measure_peer(peer: str, env_id: str, threads: int, warm_up: int, steps: int)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if threads == 1:
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    cores = sorted(os.sched_getaffinity(0))[:threads]
     run = subprocess.run(
-        ["taskset", "-c", ",".join(map(str, cores)), *map(str, command)],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
+        pinned(threads, command), env=environment, check=True, capture_output=True, text=True
     )
     return float(run.stdout.split()[-1])
 
@@ -134,6 +135,7 @@ def product_share(algo: str, env_id: str, threads: int, extra: list[str]) -> tup
 
     module = load(algo)
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
     args = module.parse(["--env-id", env_id, "--device", "cpu", *extra])
     env = module.make_env(env_id)
     dims = env.observation_space.shape[0], env.action_space.shape[0]

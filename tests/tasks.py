@@ -91,6 +91,20 @@ class NanObservation(LQR):
         return obs * np.nan, *rest
 
 
+class WideNan(LQR):
+    """Forty observations, one of them NaN."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (40,), np.float64)
+
+    def reset(self, **options):
+        super().reset(**options)
+        return np.linspace(0, 1, 40), {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return np.where(np.arange(40) == 7, np.nan, 0.123456789), *rest
+
+
 class Huge(LQR):
     """Finite rewards so large that float32 squares overflow: the losses diverge."""
 
@@ -116,12 +130,19 @@ class UnboundedAction(LQR):
 
 
 class MatrixAction(LQR):
-    action_space = gym.spaces.Box(-1, 1, (2, 2), np.float32)
+    """Actions of shape (2, 2), bounds of awkward rounding, one a point; their mean drives the system."""
+
+    action_space = gym.spaces.Box(np.float32([[-0.1, 0.3], [-1.7, 2]]), np.float32([[0.7, 0.9], [1.1, 2]]))
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.state = A * self.state + B * action.mean(dtype=np.float64)
+        return self.state.copy(), -float(self.state[0] ** 2), False, False, {}
 
 
 for task in (
-    LQR, Cliff, Image, NoisyReset, NanReward, LateNan, NanObservation, Huge, DictObservation, DiscreteAction,
-    IntegerAction, UnboundedAction, MatrixAction,
+    LQR, Cliff, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan, Huge, DictObservation,
+    DiscreteAction, IntegerAction, UnboundedAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)
 gym.register("LastStep-v0", entry_point=LastStep, max_episode_steps=5)

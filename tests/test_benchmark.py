@@ -19,7 +19,7 @@ def words(sizes: dict) -> list[str]:
     return [part for name, value in sizes.items() if name not in own for part in (f"--{name}", str(value))]
 
 
-EXTRA, EXTRA_MODEL = [*words(TINY), "--num-threads", "1"], words(TINY_MODEL)
+EXTRA, EXTRA_MODEL = words(TINY), words(TINY_MODEL)
 
 
 def start(*flags: object, **options) -> subprocess.Popen:
@@ -58,7 +58,7 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
 
 def test_runs_all_then_skips_all(tmp_path):
     """Two algorithms, two seeds, two workers; again: nothing to do; the results are those of single runs."""
-    flags = ["--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--workers", 2]
+    flags = ["--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2,1", "--workers", 2]
     flags, extra = [*flags, "--runs-dir", tmp_path / "runs"], [*EXTRA, *EXTRA_MODEL]
     code, out, error = benchmark(*flags, "--", *extra)
     assert code == 0, error
@@ -114,7 +114,7 @@ def test_failed_run_among_good_ones_is_named(tmp_path):
     assert code == 1
     assert "2 runs, 1 complete, 1 failed" in out
     (line,) = [line for line in error.splitlines() if line.startswith("failed: ")]
-    assert "LateNan" in line and "must be finite, got inf" in Path(line.split()[-1]).read_text()
+    assert "LateNan" in line and "must be finite in float32, got inf" in Path(line.split()[-1]).read_text()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_failed_run_among_good_ones_is_named(tmp_path):
         (["--workers", 0], "--workers 0: must be at least 1"),
         (["--seeds", "1,x"], "--seed"),
         (["--seeds", ","], "must not be empty"),
+        (["--", "--seed", 3], "--seed: must be given before the --"),
         (["--algos", "sac", "--", "--horizon", 3], "--horizon: must be a flag of at least one of sac"),
         (["--", "3"], "3: must be a flag"),
         (["--", "--gamma", 2], "--gamma 2.0: must be in [0, 1]"),

@@ -125,7 +125,6 @@ def test_ci_runs_the_readmes_test_command():
     assert line in script.splitlines()
 
 
-def test_readme_names_what_the_package_needs():
-    """No page is left with a mark of something to be filled in."""
+def test_no_placeholder_is_left():
     for page in PAGES:
         assert not re.search(r"@[A-Z_]+@", page.read_text()), page.name

@@ -451,6 +451,17 @@ def test_tdk_arithmetic():
     assert dead.item() == 2 * 0.5
 
 
+@pytest.mark.parametrize("horizon", [0, 1, 5])
+def test_loss_does_not_scale_with_the_horizon(monkeypatch, horizon):
+    """Without TD-k the critic's loss is the squared error, whatever H."""
+    calls = recorded(monkeypatch, mve, "twin_loss")
+    buffer = filled_buffer(mve)
+    buffer.rows = buffer.rows.double()
+    loss = lqr_agent(monkeypatch, horizon, exact_critic).update(buffer, 61)["losses/qf_loss"]
+    q, target = calls[0]
+    assert loss.item() == pytest.approx(((q - target) ** 2).mean(1).sum().item())
+
+
 def test_tdk_weighs_imagined_pairs_by_survival(monkeypatch):
     """alive = (1 − d, (1 − d)(1 − d̂₀), …): a pair counts while the trajectory lives."""
     calls = recorded(monkeypatch, mve, "tdk_loss")
@@ -659,6 +670,15 @@ def test_held_out_episodes_never_train_the_model():
         )
         states[-1] += [p.detach().clone() for p in agent.termination.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_model_survives_a_replay_of_held_out_episodes_only():
+    """A small ring can hold nothing else for a while: no gradient, no NaN."""
+    agent, buffer = make_agent("sac_mve"), filled_buffer(mve)
+    buffer.episode.fill_(11)
+    agent.update_model(buffer, 61)
+    assert all(p.isfinite().all() for p in agent.model.state_dict().values())
+    assert all(p.isfinite().all() for p in agent.termination.parameters())
 
 
 def test_windows_stay_inside_held_out_episodes_also_around_the_ring():

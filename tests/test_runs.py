@@ -89,7 +89,7 @@ def test_run_folder_is_complete(algo, tmp_path):
     assert set(record["args"]) == set(module.Args.__dataclass_fields__)
     assert record["args"]["total_timesteps"] == 310 and record["torch"] == torch.__version__
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert record["git_commit"] == (git.stdout.strip() or None)
+    assert (record["git_commit"] or "").removesuffix("-dirty") == git.stdout.strip()
 
     saved = [
         torch.load(folder / f"{n}.pt", weights_only=True)
@@ -139,6 +139,19 @@ def test_observations_of_any_shape_are_flattened(algo, tmp_path):
     assert (state["buffer"]["rows"][:, :6] == 7).all()
 
 
+def test_actions_of_any_shape_stay_inside_their_box(algo, tmp_path):
+    """(2, 2) actions with awkwardly rounded bounds, one of them a point; the task asserts what it gets."""
+    folder = run(algo, tmp_path, "--env-id", "tests.tasks:MatrixAction-v0")
+    assert torch.load(folder / "final.pt", weights_only=True)["buffer"]["rows"].shape == (
+        300,
+        1 + 4 + 1 + 1 + 1,
+    )
+    env = load(algo).make_env("tests.tasks:MatrixAction-v0")
+    env.reset(seed=1)
+    for corner in np.ndindex(3, 3, 3, 3):
+        env.step(np.float32(corner) - 1)
+
+
 def test_final_step_and_horizon_longer_than_episodes(tmp_path):
     """Episodes shorter than H leave no window to measure on: the run goes on without those metrics."""
     folder = run(
@@ -162,13 +175,14 @@ SMALL_MODEL = "--model-hidden 64 --model-warm-up 200 --normalize-every 500".spli
 
 @pytest.mark.parametrize("name", ["sac", "sac_mve"])
 def test_learns_the_linear_quadratic_task(name, tmp_path):
-    """From −155 to within 1 of the optimum −1.7 in 3 000 steps (seed 1: −2.5 and −2.4)."""
+    """From −155 to above −5 in 3 000 steps (seed 1: −2.5 and −2.4; the best linear feedback earns −1.7)."""
     module = load(name)
     flags = [*SMALL, *(SMALL_MODEL if name == "sac_mve" else []), "--runs-dir", str(tmp_path)]
     flags += "--env-id tests.tasks:LQR-v0 --total-timesteps 3000 --eval-every 3000".split()
     returns = [float(row[1]) for row in evaluations(module.train(module.parse(flags)))[1:]]
     assert returns[0] < -20
-    assert returns[-1] > lqr_optimum() - 1
+    assert lqr_optimum() == pytest.approx(-1.66, abs=0.01)
+    assert returns[-1] > -5
 
 
 @pytest.mark.parametrize("name", ["sac", "sac_mve"])

@@ -652,12 +652,12 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     space, box = env.observation_space, env.action_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
-    bounded = continuous and box.is_bounded()
+    bounded = continuous and box.is_bounded() and (box.low < box.high).all()
     require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
-    middle, half = (box.high + box.low) / 2, (box.high - box.low) / 2
-    unit = gym.spaces.Box(-1, 1, (math.prod(box.shape),))
-    scale = lambda action: np.clip(middle + half * action.reshape(box.shape), box.low, box.high)  # noqa: E731
-    return gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), scale, unit)
+    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
+    clip = lambda action: np.clip(action, flat.low, flat.high).reshape(box.shape)  # noqa: E731  rounding overshoots
+    env = gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), clip, flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 def finite(step: int, name: str, value) -> np.ndarray:
@@ -909,7 +909,8 @@ def train(args: "Args") -> Path:
         save(run_dir / "final.pt")
     except SystemExit:  # a signal
         again = f"python {sys.argv[0]} --resume {run_dir}"
-        print(f"\nstopped at step {step}; to continue: {again}", file=sys.stderr)
+        bar.close()
+        print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
         raise
     finally:
         bar.close()

@@ -129,10 +129,16 @@ class UnboundedAction(LQR):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
-class MatrixAction(LQR):
-    """Actions of shape (2, 2), bounds of awkward rounding, one a point; their mean drives the system."""
+class PointAction(LQR):
+    action_space = gym.spaces.Box(1, 1, (1,), np.float32)
 
-    action_space = gym.spaces.Box(np.float32([[-0.1, 0.3], [-1.7, 2]]), np.float32([[0.7, 0.9], [1.1, 2]]))
+
+class MatrixAction(LQR):
+    """Actions of shape (2, 2) with bounds of awkward rounding; their mean drives the system."""
+
+    action_space = gym.spaces.Box(
+        np.float32([[-0.1, 0.3], [-1.7, 1.9]]), np.float32([[0.7, 0.9], [1.1, 2.3]])
+    )
 
     def step(self, action):
         assert self.action_space.contains(action), action
@@ -142,7 +148,7 @@ class MatrixAction(LQR):
 
 for task in (
     LQR, Cliff, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan, Huge, DictObservation,
-    DiscreteAction, IntegerAction, UnboundedAction, MatrixAction,
+    DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)
 gym.register("LastStep-v0", entry_point=LastStep, max_episode_steps=5)

@@ -17,6 +17,10 @@ MISTAKES = {
     "discrete actions": (["--env-id", "tests.tasks:DiscreteAction-v0"], "Box of actions, not Discrete(3)"),
     "integer actions": (["--env-id", "tests.tasks:IntegerAction-v0"], "bounded, continuous Box of actions"),
     "unbounded actions": (["--env-id", "tests.tasks:UnboundedAction-v0"], "bounded"),
+    "action without width": (
+        ["--env-id", "tests.tasks:PointAction-v0"],
+        "bounded, continuous Box of actions",
+    ),
     "dictionary observations": (["--env-id", "tests.tasks:DictObservation-v0"], "Box observations, not Dict"),
     "reward NaN": (
         ["--env-id", "tests.tasks:NanReward-v0"],

@@ -140,7 +140,7 @@ def test_observations_of_any_shape_are_flattened(algo, tmp_path):
 
 
 def test_actions_of_any_shape_stay_inside_their_box(algo, tmp_path):
-    """(2, 2) actions with awkwardly rounded bounds, one of them a point; the task asserts what it gets."""
+    """(2, 2) actions with awkwardly rounded bounds; the task asserts what it gets."""
     folder = run(algo, tmp_path, "--env-id", "tests.tasks:MatrixAction-v0")
     assert torch.load(folder / "final.pt", weights_only=True)["buffer"]["rows"].shape == (
         300,

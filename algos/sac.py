@@ -421,8 +421,8 @@ def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, 
     if not np.isfinite(action).all():
         raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
     obs, reward, terminated, truncated, _ = env.step(action)
-    obs, reward = finite(step, "observation", obs), float(finite(step, "reward", reward))
-    return obs, reward, bool(terminated), bool(truncated)
+    finite(step, "reward", reward)
+    return finite(step, "observation", obs), float(reward), bool(terminated), bool(truncated)
 
 
 def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:

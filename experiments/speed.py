@@ -166,7 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--algo", default="sac", help="file of algos/ to measure")
+    algos = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+    parser.add_argument("--algo", default="sac", choices=algos, help="file of algos/ to measure")
     parser.add_argument("--env-id", default="HalfCheetah-v5")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))

@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 ALGO = Path(__file__).stem
 CHECKPOINT_FORMAT = 1
+SIGNALS = []  # SIGINT or SIGTERM, once received
 Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
 Natural = Annotated[int, (0, 2**31 - 1)]
 Width = Annotated[int, (1, 65_536)]
@@ -876,6 +877,8 @@ def train(args: "Args") -> Path:
             log_evaluation()
         obs = finite(step, "observation", env.reset()[0])
         while step < args.total_timesteps:
+            if SIGNALS:
+                raise SystemExit(128 + SIGNALS[0])
             step += 1
             warm_up = step <= args.learning_starts
             action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
@@ -907,7 +910,7 @@ def train(args: "Args") -> Path:
                 obs = finite(step, "observation", env.reset()[0])
         writer.flush()
         save(run_dir / "final.pt")
-    except SystemExit:  # a signal
+    except SystemExit:
         again = f"python {sys.argv[0]} --resume {run_dir}"
         bar.close()
         print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
@@ -949,13 +952,19 @@ def parse(argv: list[str] | None = None) -> "Args":
     return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
+def stop_after_this_step(number: int, _: object) -> None:
+    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> None:
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
         ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, stop_after_this_step)
     try:
         train(parse())
     except (BadInput, RunFailed, OSError) as error:

@@ -167,15 +167,18 @@ def test_extension_past_an_odd_last_step(algo, tmp_path):
 
 
 def test_stopped_before_the_first_checkpoint(algo, tmp_path, monkeypatch):
-    """A signal during warm-up: going on from step 0 logs nothing twice."""
+    """A signal during an update ends the run after that step; going on from step 0 logs nothing twice."""
     module = load(algo)
 
     def stop(*args):
-        raise SystemExit(143)
+        module.stop_after_this_step(signal.SIGTERM, None)
+        return {}
 
     with monkeypatch.context() as patch:
+        patch.setattr(module, "SIGNALS", [])
+        patch.setattr(module.signal, "signal", lambda *args: None)
         patch.setattr(module.Agent, "update", stop)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="143"):
             module.train(module.parse(tiny(algo, "--runs-dir", tmp_path / "a", "--checkpoint-every", 300)))
     (folder,) = (tmp_path / "a").iterdir()
     module.train(module.parse(["--resume", str(folder)]))

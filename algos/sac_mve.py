@@ -485,6 +485,10 @@ class Agent:
         model_parameters = [*self.model.parameters(), *self.termination.parameters()]
         self.model_optimizer = optim.Adam(model_parameters, lr=args.model_lr, fused=True)
 
+    def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
+        """The replay that `train` fills with steps of env; a descendant may store more of each."""
+        return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
+
     @torch.no_grad()
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
@@ -802,8 +806,8 @@ def train(args: "Args") -> Path:
     env.reset(seed=args.seed)
     task_rng = env.unwrapped.np_random.bit_generator
     dims = env.observation_space.shape[0], env.action_space.shape[0]
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), *dims, device)
     agent = Agent(args, *dims, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
     step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
 
     def seconds() -> float:

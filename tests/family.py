@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
-OWN = {"Args", "Agent", "Agent.__init__", "Agent.update"}
+OWN = {"Args", "Agent", "Agent.__init__", "Agent.make_buffer", "Agent.update"}
 
 
 def blocks(source: str) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,1137 @@
+"""Soft actor-critic with oracle value expansion (SAC-OVE): the true simulator as the model, Palenicek et al.
+2023, arXiv 2303.03955.
+
+If the model were perfect, how far should one look ahead? sac_mve.py with its learned model replaced by
+MuJoCo itself, so that the target has no model error at all and only the horizon is left to choose:
+
+    â_t ~ π(·|ŝ_t),  (ŝ_{t+1}, r̂_t, d̂_t) = simulator(ŝ_t, â_t),  ŝ_0 = s'
+    y_H = min_i Q̄_i(ŝ_H, â_H)                                                                   (1a)
+    y_t = r̂_t + γ (1 − d̂_t) (y_{t+1} − α log π(â_{t+1}|ŝ_{t+1})),   t = H−1 .. 0                (1b)
+    y   = r + γ (1 − d) (y_0 − α log π(â_0|ŝ_0))                                                (1c)
+
+(2), (3), (4), (5) are sac.py's, (8) is the optional TD-k loss of sac_mve.py. H = 0 is sac.py bit for bit and
+needs no simulator. The replay also keeps the simulator's state after each step: float64, with the solver's
+warm start, because float32 would already be a model error of 1e-7 to 3e-5. Ten Gymnasium tasks are served by
+batched formulas, any other task on MuJoCo by a private copy that is restored and stepped: docs/sac_ove.md.
+
+    python algos/sac_ove.py --horizon 3
+    python algos/sac_ove.py --horizon 5 --env-id Hopper-v5 --total-timesteps 50_000 --learning-starts 5_000
+    python algos/sac_ove.py --resume runs/<run>      # goes on where it stopped, in the same bits
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import mujoco
+import mujoco.rollout
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGO = Path(__file__).stem
+CHECKPOINT_FORMAT = 1
+SIGNALS = []  # SIGINT or SIGTERM, once received
+LAGGED = ("xpos", "xipos", "site_xpos", "subtree_com")  # MuJoCo's places of things, one substep old
+PLAIN_WRAPPERS = ("FlattenObservation", "OrderEnforcing", "RescaleAction", "TimeLimit", "TransformAction")
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Natural = Annotated[int, (0, 2**31 - 1)]
+Width = Annotated[int, (1, 65_536)]
+Fraction = Annotated[float, (0, 1)]
+Rate = Annotated[float, (0, math.inf)]
+
+
+class BadInput(ValueError):
+    """The user's mistake: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check_ranges(args: object) -> None:
+    """Raise BadInput for the first field outside the range in its annotation, or not finite."""
+    for field in dataclasses.fields(args):
+        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
+        for low, high in limits or [(-math.inf, math.inf)] * isinstance(value, float):
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            allowed = "finite" if low == -math.inf else allowed
+            require(low <= value <= high and math.isfinite(value), field.name, value, allowed)
+
+
+@dataclass
+class Run:
+    """The task, the loop around the agent and what it leaves on disk; the same in every file."""
+
+    env_id: str = "InvertedPendulum-v5"
+    """Gymnasium id; package.module:Name-v0 imports the module that registers it."""
+    seed: Natural = 1
+    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
+    total_timesteps: Count = 10_000
+    """Environment steps, warm-up included."""
+    learning_starts: Count = 1_000
+    """Uniformly random actions before the first update (SAC's authors: 1 000 to 10 000)."""
+    batch_size: Count = 256
+    """Transitions per update (Haarnoja et al. 2018)."""
+    buffer_size: Count = 1_000_000
+    """Replay capacity in transitions (Haarnoja et al. 2018); at most total_timesteps are allocated."""
+    eval_every: Count = 1_000
+    """Steps between evaluations (ours, for short tasks; 5 000 is the custom for runs of a million)."""
+    eval_episodes: Count = 10
+    """Episodes per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)."""
+    log_every: Count = 100
+    """Steps between TensorBoard points; only then are metrics read and checked to be finite (ours)."""
+    checkpoint_every: Count = 5_000
+    """Steps after which the next episode's end writes a checkpoint (ours)."""
+    runs_dir: str = "runs"
+    """Parent of the run folders."""
+    resume: str = ""
+    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    num_threads: Annotated[int, (1, 1024)] = 2
+    """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        warm_up = f"at most --learning-starts {self.learning_starts} (the first batch comes from the warm-up)"
+        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
+        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
+        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
+        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
+        usable = self.device != "cuda" or torch.cuda.is_available()
+        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
+
+
+@dataclass
+class SAC:
+    """Soft actor-critic."""
+
+    gamma: Fraction = 0.99
+    """Discount factor γ (Haarnoja et al. 2018)."""
+    tau: Fraction = 0.005
+    """Polyak step τ of the target critics (Haarnoja et al. 2018)."""
+    actor_lr: Rate = 3e-4
+    """Adam step size of the actor (Haarnoja et al. 2018)."""
+    critic_lr: Rate = 3e-4
+    """Adam step size of the critics (Haarnoja et al. 2018)."""
+    alpha_lr: Rate = 3e-4
+    """Adam step size of log α (Haarnoja et al. 2018)."""
+    init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0
+    """First temperature α (authors' code)."""
+    target_entropy: float | None = None
+    """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
+    hidden: Width = 256
+    """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
+
+
+@dataclass
+class OracleExpansion:
+    """Value expansion with the true simulator."""
+
+    horizon: Natural = 3
+    """Imagined steps H of the critic target; 0 is sac.py (the paper studies 0 to 30)."""
+    num_particles: Count = 1
+    """Imagined trajectories averaged per target (Palenicek et al. 2023, ablation)."""
+    tdk: bool = False
+    """TD-k trick: regress the critics at imagined pairs too (Feinberg et al. 2018)."""
+    diagnose_every: Count = 500
+    """Steps between comparisons of the targets of all horizons; a multiple of log_every (ours)."""
+
+
+@dataclass
+class Args(Run, SAC, OracleExpansion):
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        logged = self.diagnose_every % self.log_every == 0
+        require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
+
+    Each member starts like nn.Linear: U(±1/√inputs).
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """With `frozen` the weights are constants: the gradient flows to x alone."""
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
+            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
+
+
+class Critic(nn.Module):
+    """Twin action values: obs [B, n], action [B, m] -> [2, B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(StackedLinear(2, *size) for size in sizes)
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        x = torch.cat([obs, action], 1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = layer(x, frozen).relu_()
+        return self.layers[-1](x, frozen).squeeze(2)
+
+
+class Actor(nn.Module):
+    """Gaussian squashed by tanh into [−1, 1]; log σ is clamped to [−20, 2] as in the authors' code."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim, hidden), (hidden, hidden), (hidden, 2 * action_dim)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> mean and log σ before the squash, each [B, m]."""
+        x = self.layers[1](self.layers[0](obs).relu_()).relu_()
+        mean, log_std = self.layers[2](x).chunk(2, 1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> reparameterised action [B, m] and its log π [B]."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), squashed_log_prob(noise, log_std, u)
+
+
+def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+    """log π of tanh(u) for u = μ + σ·noise, summed over the action's dimensions: [B, m] each -> [B].
+
+    log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)) stays exact where tanh saturates.
+    """
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(1)
+
+
+def soft_target(
+    reward: Tensor, done: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor, gamma: float
+) -> Tensor:
+    """r + γ (1 − d) (q' − α log π'), all [B]: equations 2 and 3 of arXiv 1812.05905."""
+    assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
+    return reward + gamma * (1 - done) * (next_q - alpha * next_log_prob)
+
+
+def twin_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the batch, sum over the critics: q [2, B], target [B] -> scalar."""
+    assert q.shape[1:] == target.shape
+    return (q - target).square().mean(1).sum()
+
+
+def soft_actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """mean (α log π − min_i Q_i): q [2, B], log_prob [B] -> scalar."""
+    assert q.shape[1:] == log_prob.shape
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """−log α · mean (log π + H̄): α falls while the entropy −log π is above H̄. log_prob [B] -> scalar."""
+    return -log_alpha * (log_prob.detach() + target_entropy).mean()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
+
+    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)
+        most = int(0.9 * available_memory(device) / row_bytes)
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
+class Step(NamedTuple):
+    """One step of B copies of a task, as its formulas read it: float64 but for the action."""
+
+    before: np.ndarray  # [B, nq] positions before the step
+    lagged: (
+        np.ndarray
+    )  # [B, 0 or 2] the centre whose velocity is rewarded, as the task saw it before the step
+    qpos: np.ndarray  # [B, nq]
+    qvel: np.ndarray  # [B, nv]
+    action: np.ndarray  # [B, m] in the task's units
+    field: dict[str, np.ndarray]  # MjData's arrays after the step [B, ...]; `centre` is the next `lagged`
+
+
+class Task(NamedTuple):
+    """Formulas of a Gymnasium task of version 5: (task, Step) -> obs [B, n], reward [B], terminated [B].
+
+    They read the constructor's arguments from the task's instance. `fields` names arrays of MjData that no
+    formula gets from the state alone: MuJoCo computes them before the last substep moves the bodies.
+    """
+
+    formulas: Callable
+    fields: tuple[str, ...] = ()
+    centre: Callable = lambda task, data: np.empty(0)
+
+
+def norm(vectors: np.ndarray) -> np.ndarray:
+    """Lengths [B] of [B, 3], in np.linalg.norm's arithmetic for one vector at a time."""
+    return np.sqrt((vectors[:, None, :] @ vectors[:, :, None]).ravel())
+
+
+def cost(weight: float, action: np.ndarray) -> np.ndarray:
+    return weight * np.square(action).sum(1)
+
+
+def within(low: float, value: np.ndarray, high: float) -> np.ndarray:
+    return (low < value) & (value < high)
+
+
+def joined(task, step: Step, skip: int, *more: np.ndarray) -> np.ndarray:
+    """Positions, without the first `skip` if the task leaves them out, and whatever follows them: [B, n]."""
+    start = skip * task._exclude_current_positions_from_observation
+    return np.concatenate([step.qpos[:, start:], *(x.reshape(len(x), -1) for x in more)], 1)
+
+
+def never(step: Step) -> np.ndarray:
+    return np.zeros(len(step.qpos), bool)
+
+
+def inverted_pendulum(task, step):
+    obs = np.concatenate([step.qpos, step.qvel], 1)
+    terminated = ~np.isfinite(obs).all(1) | (np.abs(obs[:, 1]) > 0.2)
+    return obs, (~terminated).astype(float), terminated
+
+
+def inverted_double_pendulum(task, step):
+    x, y = step.field["site_xpos"][:, 0, 0], step.field["site_xpos"][:, 0, 2]
+    angles, force = step.qpos[:, 1:], step.field["qfrc_constraint"][:, :1]
+    parts = [step.qpos[:, :1], np.sin(angles), np.cos(angles), step.qvel.clip(-10, 10), force.clip(-10, 10)]
+    terminated = y <= 1
+    distance = 0.01 * x**2 + (y - 2) ** 2
+    velocity = 1e-3 * step.qvel[:, 1] ** 2 + 5e-3 * step.qvel[:, 2] ** 2
+    return np.concatenate(parts, 1), task._healthy_reward * ~terminated - distance - velocity, terminated
+
+
+def reacher(task, step):
+    body = {name: step.field["xpos"][:, task.model.body(name).id] for name in ("fingertip", "target")}
+    gap, angles = body["fingertip"] - body["target"], step.qpos[:, :2]
+    obs = [np.cos(angles), np.sin(angles), step.qpos[:, 2:], step.qvel[:, :2], gap[:, :2]]
+    reward = -norm(gap) * task._reward_dist_weight - cost(task._reward_control_weight, step.action)
+    return np.concatenate(obs, 1), reward, never(step)
+
+
+def pusher(task, step):
+    names = ("tips_arm", "object", "goal")
+    tip, thing, goal = (step.field["xpos"][:, task.model.body(name).id] for name in names)
+    near, far = norm(thing - tip) * task._reward_near_weight, norm(thing - goal) * task._reward_dist_weight
+    reward = -far - cost(task._reward_control_weight, step.action) - near
+    return np.concatenate([step.qpos[:, :7], step.qvel[:, :7], tip, thing, goal], 1), reward, never(step)
+
+
+def swimmer(task, step):
+    velocity = (step.qpos[:, 0] - step.before[:, 0]) / task.dt
+    reward = task._forward_reward_weight * velocity - cost(task._ctrl_cost_weight, step.action)
+    return joined(task, step, 2, step.qvel), reward, never(step)
+
+
+def half_cheetah(task, step):
+    velocity = (step.qpos[:, 0] - step.before[:, 0]) / task.dt
+    reward = task._forward_reward_weight * velocity - cost(task._ctrl_cost_weight, step.action)
+    return joined(task, step, 1, step.qvel), reward, never(step)
+
+
+def hopper(task, step):
+    healthy = within(task._healthy_z_range[0], step.qpos[:, 1], task._healthy_z_range[1])
+    healthy &= within(task._healthy_angle_range[0], step.qpos[:, 2], task._healthy_angle_range[1])
+    if hasattr(task, "_healthy_state_range"):  # Hopper's; Walker2d has none
+        state = np.concatenate([step.qpos, step.qvel], 1)[:, 2:]
+        healthy &= within(task._healthy_state_range[0], state, task._healthy_state_range[1]).all(1)
+    velocity = (step.qpos[:, 0] - step.before[:, 0]) / task.dt
+    reward = task._forward_reward_weight * velocity + healthy * task._healthy_reward
+    reward = reward - cost(task._ctrl_cost_weight, step.action)
+    return joined(task, step, 1, step.qvel.clip(-10, 10)), reward, ~healthy & task._terminate_when_unhealthy
+
+
+def ant(task, step):
+    (low, high), force = task._healthy_z_range, step.field["cfrc_ext"].clip(*task._contact_force_range)
+    finite = np.isfinite(step.qpos).all(1) & np.isfinite(step.qvel).all(1)
+    healthy = finite & (low <= step.qpos[:, 2]) & (step.qpos[:, 2] <= high)
+    velocity = (step.field["centre"][:, 0] - step.lagged[:, 0]) / task.dt
+    reward = velocity * task._forward_reward_weight + healthy * task._healthy_reward
+    contact = task._contact_cost_weight * np.square(force).reshape(len(force), -1).sum(1)
+    reward = reward - (cost(task._ctrl_cost_weight, step.action) + contact)
+    seen = [force[:, 1:]] if task._include_cfrc_ext_in_observation else []
+    return joined(task, step, 2, step.qvel, *seen), reward, ~healthy & task._terminate_when_unhealthy
+
+
+def humanoid(task, step):
+    healthy = within(task._healthy_z_range[0], step.qpos[:, 2], task._healthy_z_range[1])
+    velocity = (step.field["centre"][:, 0] - step.lagged[:, 0]) / task.dt
+    reward = task._forward_reward_weight * velocity + healthy * task._healthy_reward
+    force = step.field["cfrc_ext"]
+    contact = task._contact_cost_weight * np.square(force).reshape(len(force), -1).sum(1)
+    contact = contact.clip(*task._contact_cost_range)
+    reward = reward - (cost(task._ctrl_cost_weight, step.action.astype(float)) + contact)
+    parts = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}  # the first of each is left out
+    seen = [step.field[k][:, n:] for k, n in parts.items() if getattr(task, f"_include_{k}_in_observation")]
+    return joined(task, step, 2, step.qvel, *seen), reward, ~healthy & task._terminate_when_unhealthy
+
+
+def mass_centre(task, data) -> np.ndarray:
+    mass = task.model.body_mass
+    return (np.einsum("b,bj->j", mass, data.xipos) / mass.sum())[:2]
+
+
+def body_centre(task, data) -> np.ndarray:
+    return data.body(task._main_body).xpos[:2].copy()
+
+
+TASKS = {  # the module of gymnasium.envs.mujoco that defines the task
+    "inverted_pendulum_v5": Task(inverted_pendulum),
+    "inverted_double_pendulum_v5": Task(inverted_double_pendulum, ("site_xpos", "qfrc_constraint")),
+    "reacher_v5": Task(reacher, ("xpos",)),
+    "pusher_v5": Task(pusher, ("xpos",)),
+    "swimmer_v5": Task(swimmer),
+    "half_cheetah_v5": Task(half_cheetah),
+    "hopper_v5": Task(hopper),
+    "walker2d_v5": Task(hopper),
+    "ant_v5": Task(ant, ("cfrc_ext",), body_centre),
+    "humanoid_v5": Task(humanoid, ("cinert", "cvel", "qfrc_actuator", "cfrc_ext"), mass_centre),
+}
+
+
+class Simulator:
+    """The task's own physics and formulas on B states at once: an exact model of it.
+
+    A row holds one state in float64: MuJoCo's full physics state, the solver's warm start, and what the
+    task's next reward reads of this step. Tasks in TASKS whose formulas need the state alone are rolled out
+    by mujoco.rollout's threads; those that read more, by a loop over rows in Python threads; any other task
+    by a private copy of it, which is restored and stepped row by row. The task that is trained on is only
+    read. Raises BadInput for a task without MuJoCo, and for one that is not reproduced by its state alone.
+    """
+
+    def __init__(self, env_id: str, env: gym.Env, threads: int):
+        self.live, self.copy = env.unwrapped, make_env(env_id)
+        self.copy.reset(seed=0)
+        task = self.copy.unwrapped
+        held = isinstance(getattr(task, "model", None), mujoco.MjModel)
+        require(held, "env_id", env_id, "a task that holds a MuJoCo model (--horizon 0 needs none)")
+        self.model, plain, layer = task.model, True, self.copy
+        while layer is not task:  # a wrapper of the user's could change actions and rewards
+            plain, layer = plain and type(layer).__name__ in PLAIN_WRAPPERS, layer.env
+        package, _, module = type(task).__module__.rpartition(".")
+        self.task = TASKS.get(module) if plain and package == "gymnasium.envs.mujoco" else None
+        kind = mujoco.mjtState.mjSTATE_FULLPHYSICS if self.task else mujoco.mjtState.mjSTATE_INTEGRATION
+        self.kind, self.full = kind, mujoco.mj_stateSize(self.model, kind)
+        self.width, self.threads = len(self.row(self.live)), threads
+        self.datas = [mujoco.MjData(self.model) for _ in range(threads)]
+        self.pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+        self.workers = ThreadPoolExecutor(threads)
+        self.verify(env_id)
+
+    def row(self, task: gym.Env) -> np.ndarray:
+        """The state that a task, unwrapped, is in: float64 [width]."""
+        return self.read(task.data)
+
+    def read(self, data: mujoco.MjData) -> np.ndarray:
+        state = np.empty(self.full)
+        mujoco.mj_getState(self.model, data, state, self.kind)
+        if self.task:
+            return np.concatenate([state, data.qacc_warmstart, self.task.centre(self.live, data)])
+        return np.concatenate([state, *(getattr(data, name).ravel() for name in LAGGED)])
+
+    def step(self, rows: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, ...]:
+        """rows [B, width], action [B, m] in [−1, 1] -> rows, obs [B, n], reward and terminated [B] after."""
+        if self.task is None:
+            results = [self.step_copy(*pair) for pair in zip(rows, action, strict=True)]
+            return tuple(np.stack(column) for column in zip(*results, strict=True))
+        bounds = self.copy.env.action_space
+        units = np.clip(self.copy.func(action), bounds.low, bounds.high)  # as make_env's wrappers do
+        after, field = (self.step_each if self.task.fields else self.roll_out)(rows, units)
+        (qpos, qvel), before = self.split(after), self.split(rows)[0]
+        step = Step(before, rows[:, self.full + qvel.shape[1] :], qpos, qvel, units, field)
+        return after, *self.task.formulas(self.copy.unwrapped, step)
+
+    def split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [B, nq] and velocities [B, nv]; time comes first."""
+        nq, nv = self.model.nq, self.model.nv
+        return rows[:, 1 : 1 + nq], rows[:, 1 + nq : 1 + nq + nv]
+
+    def roll_out(self, rows: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, dict]:
+        """All rows in MuJoCo's threads. They hand no warm start back: later imagined steps start from zero,
+
+        which moves them by less than 1e-12; the first one, from the stored warm start, is exact.
+        """
+        skip = self.copy.unwrapped.frame_skip
+        control = np.repeat(units[:, None].astype(np.float64), skip, 1)
+        state, warm = (np.ascontiguousarray(x) for x in (rows[:, : self.full], rows[:, self.full :]))
+        path, _ = self.pool.rollout(
+            self.model, self.datas, state, control, nstep=skip, initial_warmstart=warm
+        )
+        return np.concatenate([path[:, -1], np.zeros_like(warm)], 1), {}
+
+    def step_each(self, rows: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, dict]:
+        """A loop over rows in every Python thread, which gathers the arrays that the formulas read."""
+        after, nv, skip = np.empty_like(rows), self.model.nv, self.copy.unwrapped.frame_skip
+        shapes = {name: getattr(self.datas[0], name).shape for name in self.task.fields}
+        field = {name: np.empty((len(rows), *shape)) for name, shape in shapes.items()}
+
+        def work(data: mujoco.MjData, places: np.ndarray) -> None:
+            arrays = [(field[name], getattr(data, name)) for name in self.task.fields]
+            for i in places:
+                mujoco.mj_setState(self.model, data, rows[i, : self.full], self.kind)
+                data.qacc_warmstart, data.ctrl = rows[i, self.full : self.full + nv], units[i]
+                mujoco.mj_step(self.model, data, skip)
+                mujoco.mj_rnePostConstraint(self.model, data)
+                after[i] = self.read(data)
+                for array, value in arrays:
+                    array[i] = value
+
+        list(self.workers.map(work, self.datas, np.array_split(np.arange(len(rows)), self.threads)))
+        return after, field | {"centre": after[:, self.full + nv :]}
+
+    def step_copy(self, row: np.ndarray, action: np.ndarray) -> tuple:
+        """One row in the private copy; what its step reads of the one before is put back after mj_forward."""
+        data, at = self.copy.unwrapped.data, self.full
+        mujoco.mj_setState(self.model, data, row[: self.full], self.kind)
+        mujoco.mj_forward(self.model, data)
+        mujoco.mj_setState(self.model, data, row[: self.full], self.kind)
+        for array in (getattr(data, name) for name in LAGGED):
+            array[...] = row[at : at + array.size].reshape(array.shape)
+            at += array.size
+        obs, reward, terminated, _, _ = self.copy.step(action)
+        return self.read(data), np.asarray(obs, float), float(reward), bool(terminated)
+
+    def verify(self, env_id: str) -> None:
+        """Fifty random steps of another copy must come out the same. Raises BadInput if they do not."""
+        other, rng = make_env(env_id), np.random.default_rng(0)
+        other.reset(seed=0)
+        for _ in range(50):
+            row, action = self.row(other.unwrapped), rng.uniform(-1, 1, other.action_space.shape)
+            obs, reward, terminated, truncated, _ = other.step(action.astype(np.float32))
+            ours = self.step(row[None], action[None].astype(np.float32))
+            for name, real, found in zip(
+                ("observation", "reward", "end"), (obs, reward, terminated), ours[1:], strict=True
+            ):
+                same = np.allclose(found[0], real, rtol=1e-5, atol=1e-5, equal_nan=True)
+                require(
+                    same,
+                    "env_id",
+                    env_id,
+                    f"a task whose {name} follows from the simulator's state and the action",
+                )
+            if terminated or truncated:
+                other.reset()
+        other.close()
+
+
+class SimulatorReplay(ReplayBuffer):
+    """A replay that keeps, in float64, the simulator's state after each transition and before any reset."""
+
+    def __init__(
+        self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, simulator: Simulator
+    ):
+        super().__init__(capacity, obs_dim, action_dim, device)
+        left = 0.9 * available_memory(torch.device("cpu")) - 2 * self.rows.nbytes
+        most = int(left / (2 * 8 * simulator.width))
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
+        self.simulator = simulator
+        self.states = torch.zeros(capacity, simulator.width, dtype=torch.float64)
+
+    def add(self, *transition) -> None:
+        self.states[self.added % self.capacity] = torch.from_numpy(self.simulator.row(self.simulator.live))
+        super().add(*transition)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"states": self.states[: self.size].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.states[: self.size] = state["states"]
+
+
+class Rollout(NamedTuple):
+    """H imagined steps for B states; each list holds one tensor per step, the first three also the end's."""
+
+    obs: list[Tensor]  # H + 1 of [B, n]
+    action: list[Tensor]  # H + 1 of [B, m]
+    log_prob: list[Tensor]  # H + 1 of [B]
+    reward: list[Tensor]  # H of [B]
+    done: list[Tensor]  # H of [B], 0 or 1
+
+
+def expand(rollout: Rollout, horizon: int, next_q: Tensor, alpha: Tensor, gamma: float) -> Tensor:
+    """(1a, 1b) with H = horizon: y_H = next_q [B], then backwards -> y_0 .. y_H [H + 1, B]."""
+    values = [next_q]
+    for t in reversed(range(horizon)):
+        reward, done, log_prob = rollout.reward[t], rollout.done[t], rollout.log_prob[t + 1]
+        values.append(soft_target(reward, done, values[-1], log_prob, alpha, gamma))
+    return torch.stack(values[::-1])
+
+
+def tdk_loss(critic_loss: Tensor, q: Tensor, target: Tensor, alive: Tensor) -> Tensor:
+    """(8): (the real pair's loss + Σ_t mean over living rows of (Q_i − y_t)²) / H, arXiv 1803.00101, eq. 4.
+
+    q [2, H, B] at imagined pairs, target and alive [H, B] -> scalar, on twin_loss's scale.
+    """
+    assert q.shape[1:] == target.shape == alive.shape
+    imagined = ((q - target).square() * alive).sum(2) / alive.sum(1).clamp_min(1)
+    return (critic_loss + imagined.sum()) / max(len(target), 1)
+
+
+class Agent:
+    """Soft actor-critic whose critics learn from targets expanded by the true simulator."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.device = args, device
+        self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
+        self.actor = Actor(obs_dim, action_dim, args.hidden).to(device)
+        self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
+        self.critic_target = Critic(obs_dim, action_dim, args.hidden).to(device).requires_grad_(False)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.log_alpha = torch.tensor(math.log(args.init_alpha), device=device, requires_grad=True)
+        groups = [
+            {"params": list(self.actor.parameters()), "lr": args.actor_lr},
+            {"params": list(self.critic.parameters()), "lr": args.critic_lr},
+            {"params": [self.log_alpha], "lr": args.alpha_lr},
+        ]
+        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for all is faster
+
+    def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
+        """The replay that `train` fills with steps of env, and with its simulator's states where H > 0."""
+        sizes = (capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
+        if self.args.horizon == 0:
+            return ReplayBuffer(*sizes)
+        return SimulatorReplay(*sizes, Simulator(self.args.env_id, env, self.args.num_threads))
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
+        mean, log_std = self.actor(torch.as_tensor(obs, device=self.device)[None])
+        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        return u.tanh()[0].cpu().numpy()
+
+    def simulate(self, obs: Tensor, ended: Tensor, buffer: ReplayBuffer, at: Tensor) -> Rollout:
+        """H steps of policy and simulator from obs [B, n], seen after the transitions in places `at` [B].
+
+        Rows that have ended stay where they are: nothing after the end counts.
+        """
+        action, log_prob = self.actor.sample(obs)
+        rollout = Rollout([obs], [action], [log_prob], [], [])
+        if self.args.horizon == 0:
+            return rollout
+        rows, reward = buffer.states[at.cpu()].numpy(), np.zeros(len(at))
+        seen, done = obs.cpu().numpy().copy(), ended.cpu().numpy() > 0
+        for _ in range(self.args.horizon):
+            living = np.flatnonzero(~done)
+            reward[:] = 0
+            if len(living):
+                results = buffer.simulator.step(rows[living], action.cpu().numpy()[living])
+                for array, result in zip((rows, seen, reward, done), results, strict=True):
+                    array[living] = result
+            rollout.reward.append(torch.as_tensor(reward, dtype=obs.dtype, device=self.device))
+            rollout.done.append(torch.as_tensor(done, dtype=obs.dtype, device=self.device))
+            obs = torch.tensor(seen, device=self.device)
+            action, log_prob = self.actor.sample(obs)
+            for values, value in zip(rollout[:3], (obs, action, log_prob), strict=True):
+                values.append(value)
+        return rollout
+
+    def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """One gradient step of the agent. Metrics stay tensors, for a GPU's sake."""
+        horizon, particles, metrics = self.args.horizon, self.args.num_particles, {}
+        at = buffer.sample(self.args.batch_size)
+        batch = buffer[at]
+        alpha, gamma, tau = self.log_alpha.detach().exp(), self.args.gamma, self.args.tau
+        reward, ended = batch.reward.repeat(particles), batch.terminated.repeat(particles)
+        with torch.no_grad():
+            starts = batch.next_obs.repeat(particles, 1)
+            rollout = self.simulate(starts, ended, buffer, at.repeat(particles))
+            next_q = self.critic_target(rollout.obs[-1], rollout.action[-1]).amin(0)
+            values = expand(rollout, horizon, next_q, alpha, gamma)  # (1a, 1b)
+            target = soft_target(reward, ended, values[0], rollout.log_prob[0], alpha, gamma)  # (1c)
+            target = target.view(particles, -1).mean(0)
+        q = self.critic(batch.obs, batch.action)
+        critic_loss = twin_loss(q, target)  # (2)
+        if self.args.tdk and horizon > 0:
+            alive = torch.stack([1 - ended, *(1 - done for done in rollout.done[:-1])]).cumprod(0)
+            imagined = self.critic(torch.cat(rollout.obs[:-1]), torch.cat(rollout.action[:-1]))
+            critic_loss = tdk_loss(critic_loss, imagined.view(2, *alive.shape), values[:-1], alive)  # (8)
+
+        action, log_prob = self.actor.sample(batch.obs)
+        actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
+        alpha_loss = temperature_loss(self.log_alpha, log_prob, self.target_entropy)  # (4)
+
+        self.optimizer.zero_grad()
+        (critic_loss + actor_loss + alpha_loss).backward()  # no parameter is in two of them
+        if horizon > 0 and step % self.args.diagnose_every == 0:
+            metrics = self.compare_horizons(reward, ended, rollout)
+        self.optimizer.step()
+        polyak(self.critic_target, self.critic, tau)  # (5)
+        return metrics | {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/alpha_loss": alpha_loss.detach(),
+            "losses/alpha": alpha,
+            "losses/entropy": -log_prob.detach().mean(),
+        }
+
+    @torch.no_grad()
+    def compare_horizons(self, reward: Tensor, ended: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+        """Targets of every horizon 0 .. H from one rollout."""
+        args, alpha = self.args, self.log_alpha.exp()
+        q = self.critic_target(torch.cat(rollout.obs), torch.cat(rollout.action)).amin(0)
+        targets = []
+        for h, next_q in enumerate(q.view(args.horizon + 1, -1)):
+            values = expand(rollout, h, next_q, alpha, args.gamma)
+            targets.append(soft_target(reward, ended, values[0], rollout.log_prob[0], alpha, args.gamma))
+        metrics = {f"expansion/target_mean_{h}": target.mean() for h, target in enumerate(targets)}
+        metrics["expansion/spread_over_horizons"] = torch.stack(targets).std(0, correction=0).mean()
+        metrics["expansion/alive"] = (1 - torch.stack([ended, *rollout.done])).prod(0).mean()
+        return metrics
+
+    def state_dict(self) -> dict:
+        """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
+        parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
+        return {k: v.detach() if isinstance(v, Tensor) else v.state_dict() for k, v in parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            part = getattr(self, name)
+            part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, TypeError):  # Linux
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
+
+    Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
+    """
+    try:
+        render = {} if video_dir is None else {"render_mode": "rgb_array"}
+        env = gym.make(env_id, disable_env_checker=True, **render)
+        if video_dir is not None:
+            env.reset()
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
+    except Exception as error:  # tasks and renderers fail in many ways
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
+        require(False, "env_id", env_id, f"a task that can be made: {why}")
+    space, box = env.observation_space, env.action_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
+    continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    bounded = continuous and box.is_bounded() and (box.low < box.high).all()
+    require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
+    clip = lambda action: np.clip(action, flat.low, flat.high).reshape(box.shape)  # noqa: E731  rounding overshoots
+    env = gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), clip, flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def finite(step: int, name: str, value) -> np.ndarray:
+    """The task's number or array as float32. Raises BadInput if it is not finite."""
+    with np.errstate(over="ignore"):
+        result = np.asarray(value, np.float32)
+    if not np.isfinite(result).all():
+        raise BadInput(f"step {step}: the task's {name} must be finite in float32, got {value}")
+    return result
+
+
+def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
+    """env.step as float32 and float. Raises RunFailed or BadInput if agent or task is not finite."""
+    if not np.isfinite(action).all():
+        raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
+    obs, reward, terminated, truncated, _ = env.step(action)
+    finite(step, "reward", reward)
+    return finite(step, "observation", obs), float(reward), bool(terminated), bool(truncated)
+
+
+def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
+    """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
+    env, returns, lengths = make_env(args.env_id, video_dir), [], []
+    for episode in range(args.eval_episodes):
+        obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
+        obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
+        while not done:
+            obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
+            episode_return, length, done = episode_return + reward, length + 1, terminated or truncated
+        returns.append(episode_return)
+        lengths.append(length)
+    env.close()
+    stats = {"return_mean": np.mean(returns), "return_std": np.std(returns), "length_mean": np.mean(lengths)}
+    return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
+
+
+def write_atomically(path: Path, write, keep: Path | None = None) -> None:
+    """write(file), fsync, rename: path holds old bytes or new, `keep` then the old. Raises RunFailed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error}") from error
+
+
+def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows), ""]
+    write_atomically(run_dir / "eval.csv", lambda file: file.write("\n".join(lines).encode()))
+
+
+def write_args(run_dir: Path, args: "Args") -> None:
+    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
+    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version()}
+    for name in ("torch", "numpy", "gymnasium", "mujoco"):
+        with contextlib.suppress(PackageNotFoundError):
+            record[name] = version(name)
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        record["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        record["git_commit"] = None
+    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
+    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]:
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            name = ".".join(str(getattr(key, "key", key)) for key in keys)
+            raise RunFailed(f"step {state['step']}: {name} is not finite")
+    write_atomically(path, lambda file: torch.save(state, file), path.with_suffix(".previous.pt"))
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():  # killed between the two renames of save_checkpoint
+        path = path.with_suffix(".previous.pt")
+    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = (state["algo"], state["format"])
+    except Exception as error:  # damaged files raise many types
+        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
+        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
+    ours = f"a run of {ALGO}, format {CHECKPOINT_FORMAT}"
+    require(
+        found == (ALGO, CHECKPOINT_FORMAT), "resume", run_dir, f"{ours}, not {found[0]}, format {found[1]}"
+    )
+    return state
+
+
+@contextlib.contextmanager
+def staged(run_dir: Path):
+    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
+    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
+    try:
+        try:
+            hidden.mkdir(parents=True)
+        except OSError as error:
+            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
+        yield hidden
+        hidden.rename(run_dir)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in parents:
+                parent.rmdir()
+        raise
+
+
+def train(args: "Args") -> Path:
+    """Start or resume a run and return its folder.
+
+    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
+    """
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    env = make_env(args.env_id)
+    env.reset(seed=args.seed)
+    task_rng = env.unwrapped.np_random.bit_generator
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(args, *dims, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
+    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
+
+    def seconds() -> float:
+        return round(seconds_before + time.perf_counter() - started, 2)
+
+    def evaluate_into(folder: Path) -> None:
+        row = evaluate(agent, args, step, folder / "videos" / f"step-{step}" if args.capture_video else None)
+        rows.append(row | {"seconds": seconds()})
+        write_evaluations(folder, rows)
+        tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")
+
+    def save(path: Path) -> None:
+        """At an episode's end the task's state is its generator alone, so resuming is exact."""
+        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
+        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
+
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = load_checkpoint(run_dir)
+        for name, value in saved["args"].items():
+            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
+            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
+            require(given == value or name == "resume" or longer, name, given, allowed)
+        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
+            print(f"{run_dir} is complete: {args.total_timesteps} steps")
+            return run_dir
+        written_on = "cpu" if saved["cuda_rng"] is None else "cuda"
+        require(written_on == device.type, "device", device.type, f"{written_on} as in {run_dir}")
+        try:
+            agent.load_state_dict(saved["agent"])
+            buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {run_dir}: must fit the task as it is now: {error}") from error
+        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
+        torch.set_rng_state(saved["torch_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        task_rng.state = json.loads(saved["task_rng"])
+        (run_dir / "final.pt").unlink(missing_ok=True)
+        write_args(run_dir, args)
+        write_evaluations(run_dir, rows)
+        print(f"resuming {run_dir} at step {step}")
+        del saved
+    else:
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
+        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
+            evaluate_into(folder)
+            write_args(folder, args)
+            save(folder / "checkpoint.pt")
+
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else 0)
+    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def log(scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
+            writer.add_scalar(name, value, step)
+
+    def log_evaluation() -> None:
+        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
+
+    last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
+    try:
+        if step == 0:
+            log_evaluation()
+        obs = finite(step, "observation", env.reset()[0])
+        while step < args.total_timesteps:
+            if SIGNALS:
+                raise SystemExit(128 + SIGNALS[0])
+            step += 1
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated = take_step(env, action, step)
+            buffer.add(obs, action, reward, next_obs, terminated, episode)
+            obs, episode_return = next_obs, episode_return + reward
+            metrics = {} if warm_up else agent.update(buffer, step)
+            bar.update()
+
+            if step % args.log_every == 0:
+                speed = (step - last_log) / (time.perf_counter() - last_time)
+                log(metrics | {"charts/SPS": speed, "time/seconds": seconds()})
+                last_log, last_time = step, time.perf_counter()
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                before = time.perf_counter()
+                evaluate_into(run_dir)
+                log_evaluation()
+                log({"time/evaluation": time.perf_counter() - before})
+                last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
+            if terminated or truncated:
+                length = step - episode_start
+                log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+                bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
+                episode, episode_return, episode_start = episode + 1, 0.0, step
+                if step - last_save >= args.checkpoint_every and step < args.total_timesteps:
+                    writer.flush()
+                    save(run_dir / "checkpoint.pt")
+                    last_save = step
+                obs = finite(step, "observation", env.reset()[0])
+        writer.flush()
+        save(run_dir / "final.pt")
+    except SystemExit:
+        again = f"python {sys.argv[0]} --resume {run_dir}"
+        bar.close()
+        print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+        writer.close()
+        env.close()
+    print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
+    return run_dir
+
+
+def parse(argv: list[str] | None = None) -> "Args":
+    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
+
+    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume", nargs="?")
+    resume, defaults = peek.parse_known_args(argv)[0].resume, dataclasses.asdict(Args())
+    if resume:
+        try:
+            defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"--resume {resume}: must be a run folder with a readable args.json") from error
+    values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+    groups = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in Args.__bases__]
+    flags, box = dataclasses.make_dataclass("Flags", groups), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+        text = " ".join(line for line in lines if line.strip("-"))
+        text = re.split(" Argument helptext| For full helptext", text)[0]
+        raise BadInput(re.sub(r"^Error parsing \w+: ", "", text)) from None
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def stop_after_this_step(number: int, _: object) -> None:
+    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def main() -> None:
+    sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
+        ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_after_this_step)
+    try:
+        train(parse())
+    except (BadInput, RunFailed, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__":
+    main()

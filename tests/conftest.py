@@ -1,6 +1,7 @@
 """Shared fixtures: the algorithm files as modules, and runs small enough to repeat."""
 
 import ctypes.util
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -31,10 +32,15 @@ def load(name: str, path: Path | None = None):
     return sys.modules[name]
 
 
+def sizes(name: str) -> dict[str, object]:
+    """TINY, and of TINY_MODEL the flags that the file has."""
+    have = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
+    return TINY | {flag: value for flag, value in TINY_MODEL.items() if flag in have}
+
+
 def tiny(name: str, *flags: object) -> list[str]:
     """Command-line flags of a run of a second or two that does hundreds of real updates."""
-    sizes = TINY | (TINY_MODEL if hasattr(load(name), "Expansion") else {})
-    return [str(part) for item in sizes.items() for part in (f"--{item[0]}", item[1])] + [
+    return [str(part) for item in sizes(name).items() for part in (f"--{item[0]}", item[1])] + [
         str(flag) for flag in flags
     ]
 

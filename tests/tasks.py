@@ -1,17 +1,36 @@
 """Tiny tasks with known answers, and misbehaving ones: --env-id tests.tasks:<Name>-v0 from the root."""
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 
 A, B, Q, RHO = 0.9, 0.5, 1.0, 0.1  # the linear-quadratic system of the closed-form tests
 
 
+SLIDER = "<mujoco><worldbody><body><joint type='slide'/><geom size='1'/></body></worldbody></mujoco>"
+
+
 class LQR(gym.Env):
-    """s' = 0.9 s + 0.5 a, r = −(s² + 0.1 a²), s₀ uniform in [−2, 2], a in [−1, 3] (off-centre on purpose)."""
+    """s' = 0.9 s + 0.5 a, r = −(s² + 0.1 a²), s₀ uniform in [−2, 2], a in [−1, 3] (off-centre on purpose).
+
+    The state is kept in MuJoCo's data, where an oracle can copy and restore it; the physics are these lines.
+    """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     action_space = gym.spaces.Box(-1.0, 3.0, (1,), np.float32)
     bound = np.inf  # |s| beyond it terminates
+
+    def __init__(self):
+        self.model = mujoco.MjModel.from_xml_string(SLIDER)
+        self.data = mujoco.MjData(self.model)
+
+    @property
+    def state(self):
+        return self.data.qpos.copy()
+
+    @state.setter
+    def state(self, value):
+        self.data.qpos[:] = value
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -57,13 +76,13 @@ class LastStep(LQR):
     """Terminates on the very step at which the time limit of 5 strikes."""
 
     def reset(self, **options):
-        self.count = 0
+        self.data.time = 0
         return super().reset(**options)
 
     def step(self, action):
-        self.count += 1
+        self.data.time += 1
         obs, reward, _, truncated, info = super().step(action)
-        return obs, reward, self.count == 5, truncated, info
+        return obs, reward, self.data.time == 5, truncated, info
 
 
 class NanReward(LQR):
@@ -77,12 +96,10 @@ class NanReward(LQR):
 class LateNan(LQR):
     """Rewards turn infinite after 120 steps of one instance."""
 
-    total = 0
-
     def step(self, action):
-        self.total += 1
+        self.data.time += 1
         obs, reward, *rest = super().step(action)
-        return obs, reward if self.total < 120 else float("inf"), *rest
+        return obs, reward if self.data.time < 120 else float("inf"), *rest
 
 
 class NanObservation(LQR):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from docs.arguments import arguments
-from tests.conftest import ALGOS, ROOT, TINY, TINY_MODEL, load, run, scalars
+from tests.conftest import ALGOS, ROOT, load, run, scalars
+from tests.conftest import sizes as tiny_sizes
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
@@ -37,7 +38,7 @@ def test_documented_runs_run(page, line, tmp_path):
     name = Path(words[1]).stem
     if name == "my_method":
         return  # built and run by test_make_it_yours
-    module, sizes = load(name), TINY | (TINY_MODEL if name == "sac_mve" else {})
+    module, sizes = load(name), tiny_sizes(name)
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
             module.parse(words[2:])
@@ -71,7 +72,7 @@ def test_make_it_yours(tmp_path):
     ends = {}
     for horizon in (0, 2):
         for name in ("sac_mve", "my_method"):
-            flags = [*shrink(["--horizon", str(horizon)], TINY | TINY_MODEL), "--env-id", "Pendulum-v1"]
+            flags = [*shrink(["--horizon", str(horizon)], tiny_sizes("sac_mve")), "--env-id", "Pendulum-v1"]
             run_dir = load(name).train(load(name).parse([*flags, "--runs-dir", str(tmp_path / name)]))
             assert f"__{name}__" in run_dir.name
             ends[horizon, name] = (run_dir / "eval.csv").read_text().splitlines()[-1].split(",")[1]

@@ -110,16 +110,24 @@ def test_equations_are_tagged(algo):
     assert numbers == tags and "1" in {n[0] for n in numbers}
 
 
-def test_horizon_0_is_the_parent_bit_for_bit(tmp_path):
-    """sac_mve.py --horizon 0 and sac.py: the same evaluations, weights, optimisers, replay and generators."""
+CHILDREN = [name for name in ALGOS if "horizon" in load(name).Args.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("child", CHILDREN)
+def test_horizon_0_is_the_parent_bit_for_bit(child, tmp_path):
+    """--horizon 0 and sac.py: the same evaluations, weights, optimisers, replay and generators."""
     parent = run("sac", tmp_path / "sac")
-    child = run("sac_mve", tmp_path / "mve", "--horizon", 0)
-    assert evaluations(parent) == evaluations(child)
-    only_mine = [f"/args/{f.name}" for f in dataclasses.fields(load("sac_mve").Expansion)]
-    assert differing(parent / "final.pt", child / "final.pt", "/algo", *only_mine) == []
-    other = run("sac_mve", tmp_path / "mve3", "--horizon", 1)  # the comparison can fail
+    same = run(child, tmp_path / "same", "--horizon", 0)
+    assert evaluations(parent) == evaluations(same)
+    only_mine = [f"/args/{f.name}" for f in dataclasses.fields(load(child).Args.__bases__[-1])]
+    assert differing(parent / "final.pt", same / "final.pt", "/algo", *only_mine) == []
+    other = run(child, tmp_path / "other", "--horizon", 1)  # the comparison can fail
     found = differing(parent / "final.pt", other / "final.pt")
     assert any("/agent/critic/" in name for name in found) and any("/agent/actor/" in name for name in found)
+
+
+def test_every_file_that_looks_ahead_is_compared():
+    assert CHILDREN == [name for name in ALGOS if name != "sac"]
 
 
 def choices(name: str) -> list[tuple[str, ...]]:
@@ -164,6 +172,7 @@ NUMBERS = [
     ("--horizon", 2),
 ]
 NUMBERS += [
+    ("--trace-lambda", 0.5),
     ("--model-lr", 1e-2),
     ("--model-warm-up", 9),
     ("--normalize-every", 20),
@@ -184,7 +193,8 @@ SHARED += [("--learning-starts", 50), ("--buffer-size", 100)]
 @pytest.mark.parametrize("name", ALGOS)
 def test_every_number_changes_what_is_learned(name, tmp_path):
     """No option that does nothing: each setting gives other weights than the defaults."""
-    flags = SHARED + (NUMBERS if name == "sac_mve" else [])
+    have = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
+    flags = SHARED + [flag for flag in NUMBERS if flag[0].removeprefix("--") in have]
     base = torch.load(run(name, tmp_path / "base") / "final.pt", weights_only=True)["agent"]
     for flag in flags:
         other = torch.load(run(name, tmp_path / "other", *flag) / "final.pt", weights_only=True)["agent"]

@@ -390,8 +390,9 @@ def inverted_double_pendulum(task, step):
     angles, force = step.qpos[:, 1:], step.field["qfrc_constraint"][:, :1]
     parts = [step.qpos[:, :1], np.sin(angles), np.cos(angles), step.qvel.clip(-10, 10), force.clip(-10, 10)]
     terminated = y <= 1
-    distance = 0.01 * x**2 + (y - 2) ** 2
-    velocity = 1e-3 * step.qvel[:, 1] ** 2 + 5e-3 * step.qvel[:, 2] ** 2
+    square = lambda value: np.float_power(value, 2)  # noqa: E731  the task's v**2 of a scalar, to the last bit
+    distance = 0.01 * square(x) + square(y - 2)
+    velocity = 1e-3 * square(step.qvel[:, 1]) + 5e-3 * square(step.qvel[:, 2])
     return np.concatenate(parts, 1), task._healthy_reward * ~terminated - distance - velocity, terminated
 
 
@@ -586,26 +587,21 @@ class Simulator:
         return self.read(data), np.asarray(obs, float), float(reward), bool(terminated)
 
     def verify(self, env_id: str) -> None:
-        """Fifty random steps of another copy must come out the same. Raises BadInput if they do not."""
-        other, rng = make_env(env_id), np.random.default_rng(0)
+        """Fifty random steps of another copy must come out the same in reverse. Raises BadInput if not."""
+        other, rng, log = make_env(env_id), np.random.default_rng(0), []
         other.reset(seed=0)
         for _ in range(50):
             row, action = self.row(other.unwrapped), rng.uniform(-1, 1, other.action_space.shape)
             obs, reward, terminated, truncated, _ = other.step(action.astype(np.float32))
-            ours = self.step(row[None], action[None].astype(np.float32))
-            for name, real, found in zip(
-                ("observation", "reward", "end"), (obs, reward, terminated), ours[1:], strict=True
-            ):
-                same = np.allclose(found[0], real, rtol=1e-5, atol=1e-5, equal_nan=True)
-                require(
-                    same,
-                    "env_id",
-                    env_id,
-                    f"a task whose {name} follows from the simulator's state and the action",
-                )
+            log.append((row, action.astype(np.float32), obs, reward, terminated))
             if terminated or truncated:
                 other.reset()
         other.close()
+        rows, actions, *real = (np.array(column[::-1]) for column in zip(*log, strict=True))
+        names = ("observation", "reward", "termination")
+        for name, theirs, ours in zip(names, real, self.step(rows, actions)[1:], strict=True):
+            same = np.allclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+            require(same, "env_id", env_id, f"a task whose {name} follows from simulator state and action")
 
 
 class SimulatorReplay(ReplayBuffer):
@@ -694,6 +690,7 @@ class Agent:
         u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
         return u.tanh()[0].cpu().numpy()
 
+    @torch.no_grad()
     def simulate(self, obs: Tensor, ended: Tensor, buffer: ReplayBuffer, at: Tensor) -> Rollout:
         """H steps of policy and simulator from obs [B, n], seen after the transitions in places `at` [B].
 
@@ -709,11 +706,11 @@ class Agent:
             living = np.flatnonzero(~done)
             reward[:] = 0
             if len(living):
-                results = buffer.simulator.step(rows[living], action.cpu().numpy()[living])
+                results = buffer.simulator.step(rows[living], action.float().cpu().numpy()[living])
                 for array, result in zip((rows, seen, reward, done), results, strict=True):
                     array[living] = result
-            rollout.reward.append(torch.as_tensor(reward, dtype=obs.dtype, device=self.device))
-            rollout.done.append(torch.as_tensor(done, dtype=obs.dtype, device=self.device))
+            rollout.reward.append(torch.tensor(reward, dtype=obs.dtype, device=self.device))
+            rollout.done.append(torch.tensor(done, dtype=obs.dtype, device=self.device))
             obs = torch.tensor(seen, device=self.device)
             action, log_prob = self.actor.sample(obs)
             for values, value in zip(rollout[:3], (obs, action, log_prob), strict=True):

@@ -85,6 +85,31 @@ class LastStep(LQR):
         return obs, reward, self.data.time == 5, truncated, info
 
 
+class Ends(LQR):
+    """Every step terminates."""
+
+    bound = -1.0
+
+
+class Counter(LQR):
+    """The reward counts the steps of this instance: no state of the simulator tells it."""
+
+    count = 0
+
+    def step(self, action):
+        self.count += 1
+        obs, _, *rest = super().step(action)
+        return obs, float(self.count), *rest
+
+
+class Noisy(LQR):
+    """Observations carry noise of the task's own generator."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs + 0.1 * self.np_random.standard_normal(1), *rest
+
+
 class NanReward(LQR):
     """The reward is NaN from the start."""
 
@@ -164,8 +189,8 @@ class MatrixAction(LQR):
 
 
 for task in (
-    LQR, Cliff, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan, Huge, DictObservation,
-    DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
+    LQR, Cliff, Ends, Counter, Noisy, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan, Huge,
+    DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)
 gym.register("LastStep-v0", entry_point=LastStep, max_episode_steps=5)

@@ -127,7 +127,7 @@ def test_horizon_0_is_the_parent_bit_for_bit(child, tmp_path):
 
 
 def test_every_file_that_looks_ahead_is_compared():
-    assert CHILDREN == [name for name in ALGOS if name != "sac"]
+    assert [name for name in ALGOS if name != "sac"] == CHILDREN
 
 
 def choices(name: str) -> list[tuple[str, ...]]:

@@ -188,7 +188,11 @@ def test_stopped_before_the_first_checkpoint(algo, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_resume_is_exact_on_a_gpu(algo, tmp_path):
     """The same extension as above with everything on the device."""
-    flags = ["--device", "cuda", *(["--tdk", "--num-particles", 2] if hasattr(load(algo).Args, "tdk") else [])]
+    flags = [
+        "--device",
+        "cuda",
+        *(["--tdk", "--num-particles", 2] if hasattr(load(algo).Args, "tdk") else []),
+    ]
     short, planned = (
         run(algo, tmp_path / "a", *flags),
         run(algo, tmp_path / "b", *flags, "--total-timesteps", 500),

@@ -42,6 +42,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
+os.environ["GOMP_SPINCOUNT"] = os.environ.get(
+    "GOMP_SPINCOUNT", "1000"
+)  # or torch's idle threads starve MuJoCo's
+
 import gymnasium as gym
 import mujoco
 import mujoco.rollout
@@ -566,8 +570,11 @@ class Simulator:
                 mujoco.mj_setState(self.model, data, rows[i, : self.full], self.kind)
                 data.qacc_warmstart, data.ctrl = rows[i, self.full : self.full + nv], units[i]
                 mujoco.mj_step(self.model, data, skip)
-                mujoco.mj_rnePostConstraint(self.model, data)
-                after[i] = self.read(data)
+                if "cfrc_ext" in field:
+                    mujoco.mj_rnePostConstraint(self.model, data)
+                mujoco.mj_getState(self.model, data, after[i, : self.full], self.kind)
+                after[i, self.full : self.full + nv] = data.qacc_warmstart
+                after[i, self.full + nv :] = self.task.centre(self.live, data)
                 for array, value in arrays:
                     array[i] = value
 

@@ -189,6 +189,31 @@ def execute(jobs: list[Job], workers: int) -> list[Job]:
     return failed
 
 
+def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool) -> int:
+    """Print the commands and, unless dry_run, run what is not finished; returns the exit code."""
+    for job in jobs:
+        print(f"{job.state:<9} {shlex.join(job.command)}")
+    todo = [job for job in jobs if job.state != "finished"]
+    if dry_run or not todo:
+        print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        (Path(runs_dir) / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --runs-dir {runs_dir}: must be writable: {error.strerror}", file=sys.stderr)
+        return 2
+    try:
+        failed = execute(todo, workers)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 130
+    for job in failed:
+        print(f"failed: {job.name}: {job.log}", file=sys.stderr)
+    print(f"{len(jobs)} runs, {len(jobs) - len(failed)} complete, {len(failed)} failed")
+    return 1 if failed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,27 +242,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for job in jobs:
-        print(f"{job.state:<9} {shlex.join(job.command)}")
-    todo = [job for job in jobs if job.state != "finished"]
-    if args.dry_run or not todo:
-        print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished")
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        (Path(runs_dir) / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: --runs-dir {args.runs_dir}: must be writable: {error.strerror}", file=sys.stderr)
-        return 2
-    try:
-        failed = execute(todo, args.workers)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
-        return 130
-    for job in failed:
-        print(f"failed: {job.name}: {job.log}", file=sys.stderr)
-    print(f"{len(jobs)} runs, {len(jobs) - len(failed)} complete, {len(failed)} failed")
-    return 1 if failed else 0
+    return carry_out(jobs, runs_dir, args.workers, args.dry_run)
 
 
 if __name__ == "__main__":

@@ -131,22 +131,22 @@ def worker(peer: str, env_id: str, warm_up: int, steps: int) -> None:
 
 def product_share(algo: str, env_id: str, threads: int, extra: list[str]) -> tuple[float, float]:
     """Milliseconds of one update, and of the matrix products in it, by the profiler over 50 updates."""
+    module = load(algo)  # before torch: what it sets for torch's threads counts here too
     import torch
 
-    module = load(algo)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     args = module.parse(["--env-id", env_id, "--device", "cpu", *extra])
     env = module.make_env(env_id)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
-    buffer = module.ReplayBuffer(2000, *dims, torch.device("cpu"))
+    agent = module.Agent(args, *dims, torch.device("cpu"))
+    buffer = agent.make_buffer(2000, env)
     obs, _ = env.reset(seed=1)
     for _ in range(2000):
         action = 2 * torch.rand(dims[1]).numpy() - 1
         next_obs, reward, terminated, truncated = module.take_step(env, action, 0)
         buffer.add(obs, action, reward, next_obs, terminated, 0)
         obs = env.reset()[0] if terminated or truncated else next_obs
-    agent = module.Agent(args, *dims, torch.device("cpu"))
     for step in range(1, 21):
         agent.update(buffer, step)
     started = time.perf_counter()

@@ -1,0 +1,207 @@
+"""How far should one look ahead? The study of Palenicek et al.: expansion by a learned model, by the true
+simulator, and along recorded steps, over horizons.
+
+    python experiments/horizon_study.py run --env-id InvertedPendulum-v5 -- --total-timesteps 6000
+    python experiments/curves.py export runs docs/results/horizon
+    python experiments/horizon_study.py plot docs/results/horizon/InvertedPendulum-v5 --out horizon.png
+
+`run` starts whatever is not finished yet and resumes what was cut off (as benchmark.sh does); flags after --
+go to every file. H = 0 is sac.py for all of them and runs once per seed. `plot` prints the area under each
+learning curve (the mean of its evaluations after step 0) with a 95 % interval over seeds (Student's t), the
+differences that the claims R1 to R4 speak of, and draws one panel per method, one line per horizon: mean and
+standard deviation over seeds. Extra `bench`.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+METHODS = {
+    "sac_mve": "MVE: learned model",
+    "sac_ove": "OVE: true simulator",
+    "sac_retrace": "Retrace: no model",
+}
+HORIZONS = [0, 1, 3, 5, 10, 20, 30]
+
+
+def jobs_of(
+    methods: list[str], horizons: list[int], env_id: str, seeds: list[str], runs_dir: str, extra: list[str]
+):
+    """All runs, short horizons first so that one can compare early. Raises ValueError on bad input."""
+    from launch import plan
+
+    jobs = []
+    for horizon in sorted(horizons):
+        algos, flags = (methods, ["--horizon", str(horizon)]) if horizon else (["sac"], [])
+        jobs += plan(algos, [env_id], seeds, runs_dir, 1, [*extra, *flags])
+    return jobs
+
+
+def read_areas(folder: Path) -> tuple[dict, dict]:
+    """Curves and areas: {(method, horizon): {seed: [(step, return), ..]}} and {.. {seed: area}}."""
+    from curves import read
+
+    curves = {}
+    for name, runs in read(folder).items():
+        method, _, settings = name.partition(", ")
+        found = re.fullmatch(r"horizon (\d+)", settings)
+        if name == "sac" or (found and found[1] == "0"):  # the same run to the bit
+            curves |= {(m, 0): curves.get((m, 0), {}) | runs for m in METHODS}
+        elif method in METHODS and found:
+            curves[method, int(found[1])] = runs
+    present = {method for method, horizon in curves if horizon}
+    curves = {key: runs for key, runs in sorted(curves.items()) if key[0] in present}
+    end = min((max(s for s, _ in rows) for runs in curves.values() for rows in runs.values()), default=0)
+    areas = {}
+    for key, runs in curves.items():
+        kept = {seed: [value for step, value in rows if 0 < step <= end] for seed, rows in runs.items()}
+        areas[key] = {seed: sum(values) / len(values) for seed, values in kept.items()}
+    return curves, areas
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval by Student's t; NaN for one value."""
+    import numpy as np
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+def paired(areas: dict, terms: list[tuple[float, tuple[str, int]]]) -> list[float]:
+    """Per seed, the weighted sum of areas; seeds that all terms have."""
+    if not all(key in areas for _, key in terms):
+        return []
+    seeds = set.intersection(*(set(areas[key]) for _, key in terms))
+    return [sum(weight * areas[key][seed] for weight, key in terms) for seed in sorted(seeds)]
+
+
+def report(areas: dict) -> str:
+    """Areas and the claims' differences as Markdown."""
+    horizons = sorted({horizon for _, horizon in areas})
+    lines = [
+        "| method | " + " | ".join(f"H = {h}" for h in horizons) + " |",
+        "|---" * (len(horizons) + 1) + "|",
+    ]
+    for method in [m for m in METHODS if any(key[0] == m for key in areas)]:
+        cells = [
+            interval(list(areas[method, h].values())) if (method, h) in areas else None for h in horizons
+        ]
+        cells = ["" if cell is None else f"{cell[0]:.0f} ± {cell[1]:.0f}" for cell in cells]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += ["", "| claim | difference of areas | mean and 95 % interval | verdict |", "|---|---|---|---|"]
+    for claim, terms in questions():
+        values = paired(areas, terms)
+        if len(values) < 2:
+            continue
+        mean, half = interval(values)
+        verdict = "undecided" if abs(mean) <= half else "above zero" if mean > 0 else "below zero"
+        text = " ".join(
+            f"{'−' if w < 0 else '+'} {m.removeprefix('sac_').upper()}({h})" for w, (m, h) in terms
+        )
+        lines.append(f"| {claim} | {text.removeprefix('+ ')} | {mean:.0f} ± {half:.0f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def questions() -> list[tuple[str, list[tuple[float, tuple[str, int]]]]]:
+    """What the claims of `docs/sac_ove.md` compare: (claim, weighted sum of areas)."""
+    ove, mve, retrace = (lambda h, m=m: (m, h) for m in ("sac_ove", "sac_mve", "sac_retrace"))
+    found = [("R1: a perfect model helps", [(1, ove(h)), (-1, ove(0))]) for h in HORIZONS[1:]]
+    shrinking = [(1, ove(5)), (-1, ove(1)), (-1, ove(30)), (1, ove(20))]
+    found.append(("R1: the gain shrinks", shrinking))
+    found += [("R3: short H, model error costs nothing", [(1, ove(h)), (-1, mve(h))]) for h in (1, 3, 5)]
+    found += [("R2: long H, model error costs", [(1, ove(h)), (-1, mve(h))]) for h in (10, 20, 30)]
+    found += [("R4: Retrace is on par with MVE", [(1, retrace(h)), (-1, mve(h))]) for h in HORIZONS[1:]]
+    return found
+
+
+def plot(curves: dict, title: str, out: Path) -> None:
+    """One panel per method, one line per horizon: mean and standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    methods = [method for method in METHODS if any(key[0] == method for key in curves)]
+    horizons = sorted({horizon for _, horizon in curves})
+    colours = dict(zip(horizons, plt.get_cmap("viridis")(np.linspace(0, 0.92, len(horizons))), strict=True))
+    size = (6.4, 2.6 * len(methods))
+    figure, panels = plt.subplots(len(methods), 1, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for method, axes in zip(methods, panels[:, 0], strict=True):
+        for horizon in horizons:
+            runs = curves.get((method, horizon), {})
+            if not runs:
+                continue
+            steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
+            values = np.array([[dict(rows)[step] for step in steps] for rows in runs.values()])
+            mean, spread = values.mean(0), values.std(0)
+            axes.plot(steps, mean, color=colours[horizon], label=f"H = {horizon}")
+            axes.fill_between(steps, mean - spread, mean + spread, color=colours[horizon], alpha=0.12, lw=0)
+        axes.set(title=METHODS[method], ylabel="return")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set(xlabel="environment steps")
+    seeds = len({seed for runs in curves.values() for seed in runs})
+    figure.suptitle(f"{title}, mean and standard deviation over {seeds} seeds", fontsize=11)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.set_layout_engine("constrained")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))  # noqa: E731
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--env-id", default="InvertedPendulum-v5")
+    runner.add_argument("--methods", type=split, default=list(METHODS), help=f"of {','.join(METHODS)}")
+    runner.add_argument("--horizons", type=split, default=[str(h) for h in HORIZONS])
+    runner.add_argument("--seeds", type=split, default=["1", "2", "3"])
+    runner.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    runner.add_argument("--runs-dir", default="runs")
+    runner.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    runner.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for every file")
+    drawer = commands.add_parser("plot")
+    drawer.add_argument("folder", type=Path, help="<folder of exported runs>/<task>")
+    drawer.add_argument("--out", type=Path, help="picture; without it only the tables are printed")
+    args = parser.parse_args()
+    try:
+        if args.command == "plot":
+            curves, areas = read_areas(args.folder)
+            if not curves:
+                raise ValueError(f"{args.folder}: must hold <algorithm>/horizon-<H>/<seed>.csv")
+        else:
+            if unknown := set(args.methods) - set(METHODS):
+                raise ValueError(f"--methods {unknown.pop()}: must be of {', '.join(METHODS)}")
+            if bad := [h for h in args.horizons if not h.isdecimal()]:
+                raise ValueError(f"--horizons {bad[0]}: must be natural numbers, comma-separated")
+            if args.workers < 1:
+                raise ValueError(f"--workers {args.workers}: must be at least 1")
+            runs_dir, horizons = str(Path(args.runs_dir).resolve()), [int(h) for h in args.horizons]
+            jobs = jobs_of(args.methods, horizons, args.env_id, args.seeds, runs_dir, args.extra)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.command == "run":
+        from launch import carry_out
+
+        return carry_out(jobs, runs_dir, args.workers, args.dry_run)
+    print(report(areas))
+    if args.out:
+        plot(curves, args.folder.name, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What an oracle query costs: sac_ove.py's Simulator.step beside a bare call of mujoco.rollout.
+
+    python experiments/oracle_speed.py --env-ids HalfCheetah-v5,Hopper-v5 --threads 1 2
+
+A query moves 256 stored states by one environment step: scaled actions, physics, observations, rewards and
+terminations. The bare call does the physics alone, from the same states and warm starts with the same
+actions, in the same number of threads. Medians of alternating rounds, milliseconds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import mujoco.rollout
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+TASKS = (
+    "InvertedPendulum InvertedDoublePendulum Reacher Pusher Swimmer HalfCheetah Hopper Walker2d Ant Humanoid"
+)
+
+
+def measure(env_id: str, batch: int, threads: int, rounds: int) -> tuple[float, float]:
+    """Median milliseconds of a bare rollout and of a query."""
+    from launch import load
+
+    oracle, rng = load("sac_ove"), np.random.default_rng(0)
+    env = oracle.make_env(env_id)
+    simulator, rows = oracle.Simulator(env_id, env, threads), []
+    env.reset(seed=0)
+    while len(rows) < batch:  # every third of random steps
+        for _ in range(3):
+            step = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+            if step[2] or step[3]:
+                env.reset()
+        rows.append(simulator.row(env.unwrapped))
+    rows, action = np.array(rows), rng.uniform(-1, 1, (batch, *env.action_space.shape)).astype(np.float32)
+    model, skip, full = simulator.model, env.unwrapped.frame_skip, simulator.full
+    state, warm = rows[:, :full].copy(), rows[:, full : full + model.nv].copy()
+    control = np.repeat(action[:, None].astype(float), skip, 1)
+    control = control.clip(*model.actuator_ctrlrange.T)
+    datas = [mujoco.MjData(model) for _ in range(threads)]
+    pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+    bare, query = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        pool.rollout(model, datas, state, control, nstep=skip, initial_warmstart=warm)
+        between = time.perf_counter()
+        simulator.step(rows, action)
+        bare.append(between - started)
+        query.append(time.perf_counter() - between)
+    pool.close()
+    return 1e3 * statistics.median(bare), 1e3 * statistics.median(query)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ",".join(f"{name}-v5" for name in TASKS.split())
+    parser.add_argument("--env-ids", default=every, help="comma-separated (default: all with formulas)")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    if min(args.batch, args.rounds, *args.threads) < 1:
+        print("error: --batch, --rounds, --threads: must be at least 1", file=sys.stderr)
+        return 2
+    print(f"{'task':>26} {'threads':>8} {'rollout':>9} {'query':>9} {'ratio':>7}")
+    for env_id in args.env_ids.split(","):
+        for threads in args.threads:
+            bare, query = measure(env_id, args.batch, threads, args.rounds)
+            print(f"{env_id:>26} {threads:>8} {bare:>9.2f} {query:>9.2f} {query / bare:>7.2f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""When to trust your model: how wrong are the targets it makes, and why?
+
+    python experiments/target_error.py runs/<run> --horizon 10 --csv error.csv --figure error.png
+
+reads a run of sac_mve.py or sac_ove.py. For each checkpoint in its folder, fresh transitions (s, a, r, s') of
+that checkpoint's policy are expanded for h = 0 .. H steps by the learned model and, with the same action
+noise, by the true simulator; and by soft Monte-Carlo returns, which follow the simulator until γ^k < 0.01
+before the critic has a say. Per checkpoint and h, in units of the return:
+
+    model - simulator     what the model's error does to the target: bias, variance, mean square
+    model - returns       the whole error of the target a learned model gives, the critic's share included
+    simulator - returns   the same with a perfect model: what only a better critic could mend
+    state error           root mean square after h steps, in deviations of the visited observations
+    cosine                between the gradients that the two targets of the first column give the critic
+
+Against the returns, variance and mean square have the sampling noise of the returns taken out. Where they
+fall with h, looking further ahead pays; where the model's rise and the simulator's do not, the model is to
+blame. Without a learned model (sac_ove.py, --horizon 0) only the third is there. Figures: the extra `bench`.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+FIELDS = "step,h,error_of,bias,bias_se,variance,mse,state_error,cosine".split(",")
+
+
+class Starts(NamedTuple):
+    """N transitions of the policy, and the simulator's state after each."""
+
+    obs: Tensor  # [N, n]
+    action: Tensor  # [N, m]
+    reward: Tensor  # [N]
+    next_obs: Tensor  # [N, n]
+    terminated: Tensor  # [N]
+    rows: np.ndarray  # [N, width]
+
+
+class LearnedEnsemble:
+    """The model of sac_mve.py: step(action [B, m]) -> next obs [B, n], reward [B], termination [B]."""
+
+    def __init__(self, agent):
+        self.agent = agent
+
+    def start(self, obs: Tensor, rows: np.ndarray, ended: Tensor) -> None:
+        self.obs = obs
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        obs = self.obs
+        self.obs, reward = self.agent.model.step(obs, action)
+        done = self.agent.predict_termination(obs, action, self.obs) > 0
+        return self.obs, reward, done.to(reward.dtype)
+
+
+class TrueSimulator:
+    """The simulator in the same role; rows that have ended stand still."""
+
+    def __init__(self, simulator):
+        self.simulator = simulator
+
+    def start(self, obs: Tensor, rows: np.ndarray, ended: Tensor) -> None:
+        self.obs, self.rows, self.done = obs.numpy().copy(), rows.copy(), ended.numpy() > 0
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reward, living = np.zeros(len(self.rows)), np.flatnonzero(~self.done)
+        if len(living):
+            results = self.simulator.step(self.rows[living], action.numpy()[living])
+            for array, result in zip((self.rows, self.obs, reward, self.done), results, strict=True):
+                array[living] = result
+        return tuple(torch.tensor(x, dtype=torch.float32) for x in (self.obs, reward, self.done))
+
+
+MODELS = {"sac_mve": LearnedEnsemble, "sac_ove": None}  # the files this script can read
+
+
+def load_run(run_dir: Path):
+    """(module, Args, {step: agent state} of every checkpoint). Raises ValueError with one line."""
+    from launch import load
+
+    try:
+        record = json.loads((run_dir / "args.json").read_text())
+        algo, saved = record["algo"], record["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run_dir}: must be a run folder with a readable args.json") from None
+    if algo not in MODELS:
+        raise ValueError(f"{run_dir}: must be a run of {' or '.join(MODELS)}, not {algo}")
+    module, states = load(algo), {}
+    for path in sorted(run_dir.glob("*.pt")):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # damaged files raise many types
+            raise ValueError(f"{path}: must be a readable checkpoint") from None
+        states[state["step"]] = state["agent"]
+    if not states:
+        raise ValueError(f"{run_dir}: must hold at least one checkpoint")
+    return module, module.Args(**saved | {"device": "cpu"}), dict(sorted(states.items()))
+
+
+def collect(oracle, agent, args, simulator, env, number: int, rng: np.random.Generator) -> Starts:
+    """`number` transitions drawn from 4 x number steps of the stochastic policy, whole episodes."""
+    log, obs = [], env.reset(seed=args.seed + 1000)[0].astype(np.float32)
+    for _ in range(4 * number):
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated = oracle.take_step(env, action, 0)
+        log.append((obs, action, reward, next_obs, terminated, simulator.row(env.unwrapped)))
+        obs = env.reset()[0].astype(np.float32) if terminated or truncated else next_obs
+    chosen = rng.choice(len(log), number, replace=False)
+    *columns, rows = (np.array([log[i][c] for i in chosen]) for c in range(6))
+    return Starts(*(torch.tensor(column, dtype=torch.float32) for column in columns), rows)
+
+
+def sample(module, agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's action [B, m] for given standard noise [B, m], and its log π [B]."""
+    mean, log_std = agent.actor(obs)
+    u = mean + log_std.exp() * noise
+    return u.tanh(), module.squashed_log_prob(noise, log_std, u)
+
+
+def roll_out(module, agent, model, starts: Starts, noise: Tensor):
+    """len(noise) − 1 steps of policy and model from the states after `starts`, as the file's Rollout."""
+    model.start(starts.next_obs, starts.rows, starts.terminated)
+    action, log_prob = sample(module, agent, starts.next_obs, noise[0])
+    rollout = module.Rollout([starts.next_obs], [action], [log_prob], [], [])
+    for eps in noise[1:]:
+        obs, reward, done = model.step(action)
+        action, log_prob = sample(module, agent, obs, eps)
+        for values, value in zip(rollout, (obs, action, log_prob, reward, done), strict=True):
+            values.append(value)
+    return rollout
+
+
+def targets(module, agent, starts: Starts, rollout, gamma: float) -> Tensor:
+    """Targets of every horizon 0 .. H from one rollout, [H + 1, N], by the file's own functions."""
+    alpha, found = agent.log_alpha.exp(), []
+    for h, (obs, action) in enumerate(zip(rollout.obs, rollout.action, strict=True)):
+        values = module.expand(rollout, h, agent.critic_target(obs, action).amin(0), alpha, gamma)
+        step = (starts.reward, starts.terminated, values[0], rollout.log_prob[0])
+        found.append(module.soft_target(*step, alpha, gamma))
+    return torch.stack(found)
+
+
+def soft_returns(module, agent, simulator, starts: Starts, repeats: int, gamma: float) -> Tensor:
+    """Monte-Carlo targets [repeats, N]: policy and simulator until γ^k < 0.01, and there the critic."""
+    length = 0 if gamma == 0 else math.ceil(math.log(0.01) / math.log(min(gamma, 0.9999)))
+    tensors = (x.repeat(repeats, *[1] * (x.dim() - 1)) for x in starts[:5])
+    many, alpha = Starts(*tensors, np.tile(starts.rows, (repeats, 1))), agent.log_alpha.exp()
+    model, obs = TrueSimulator(simulator), many.next_obs
+    model.start(obs, many.rows, many.terminated)
+    total, weight = many.reward.clone(), gamma * (1 - many.terminated)
+    for _ in range(length):
+        action, log_prob = sample(module, agent, obs, torch.randn_like(many.action))
+        obs, reward, done = model.step(action)
+        total += weight * (reward - alpha * log_prob)
+        weight = gamma * weight * (1 - done)
+    action, log_prob = sample(module, agent, obs, torch.randn_like(many.action))
+    total += weight * (agent.critic_target(obs, action).amin(0) - alpha * log_prob)
+    return total.view(repeats, -1)
+
+
+def critic_gradient(module, agent, starts: Starts, target: Tensor) -> Tensor:
+    """Gradient of the critics' loss on these targets, as one vector."""
+    with torch.enable_grad():
+        loss = module.twin_loss(agent.critic(starts.obs, starts.action), target)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.critic.parameters()))])
+
+
+def statistics(error: Tensor, noise: float = 0.0) -> dict[str, float]:
+    """Bias, its standard error, variance and mean square of errors [N]; `noise` is variance to take out."""
+    spread = error.var().item()
+    bias, square = error.mean().item(), error.square().mean().item()
+    se = math.sqrt(spread / len(error))
+    return {"bias": bias, "bias_se": se, "variance": spread - noise, "mse": square - noise}
+
+
+def compare(module, agent, learned, simulator, starts: Starts, horizon: int, repeats: int, gamma: float):
+    """One row of the table per h and kind of error, without the step."""
+    noise = torch.randn(horizon + 1, *starts.action.shape)
+    true = roll_out(module, agent, TrueSimulator(simulator), starts, noise)
+    true_targets = targets(module, agent, starts, true, gamma)
+    returns = soft_returns(module, agent, simulator, starts, repeats, gamma)
+    reference, left = returns.mean(0), (returns.var(0).mean() / repeats).item()
+    if learned is not None:
+        model = roll_out(module, agent, learned, starts, noise)
+        model_targets = targets(module, agent, starts, model, gamma)
+        scale = starts.obs.std(0).clamp_min(1e-6)
+    rows, alive = [], 1 - starts.terminated
+    for h in range(horizon + 1):
+        if learned is not None:
+            gap = ((model.obs[h] - true.obs[h]) / scale).square().mean(1)[alive > 0]
+            gradients = (critic_gradient(module, agent, starts, t[h]) for t in (model_targets, true_targets))
+            extra = {"cosine": torch.cosine_similarity(*gradients, dim=0).item()}
+            if len(gap):  # some rows live in both
+                extra["state_error"] = gap.mean().sqrt().item()
+            error = statistics(model_targets[h] - true_targets[h])
+            rows.append({"h": h, "error_of": "model - simulator"} | error | extra)
+            error = statistics(model_targets[h] - reference, left)
+            rows.append({"h": h, "error_of": "model - returns"} | error)
+        error = statistics(true_targets[h] - reference, left)
+        rows.append({"h": h, "error_of": "simulator - returns"} | error)
+        if h < horizon:
+            alive = alive * (1 - true.done[h]) * ((1 - model.done[h]) if learned is not None else 1)
+    return rows
+
+
+@torch.no_grad()
+def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int) -> tuple[str, list[dict]]:
+    """The task and the whole table of a run: every checkpoint, every h. Raises ValueError for bad input."""
+    from launch import load
+
+    module, args, states = load_run(run_dir)
+    oracle = load("sac_ove")
+    torch.set_num_threads(threads)
+    env = oracle.make_env(args.env_id)
+    simulator = oracle.Simulator(args.env_id, env, threads)
+    dims, table = (env.observation_space.shape[0], env.action_space.shape[0]), []
+    for step, state in states.items():
+        torch.manual_seed(args.seed)
+        agent = module.Agent(args, *dims, torch.device("cpu"))
+        agent.load_state_dict(state)
+        has_model = MODELS[module.ALGO] is not None and args.horizon > 0
+        learned = MODELS[module.ALGO](agent) if has_model else None
+        starts = collect(oracle, agent, args, simulator, env, number, np.random.default_rng(args.seed))
+        rows = compare(module, agent, learned, simulator, starts, horizon, repeats, args.gamma)
+        table += [{"step": step} | row for row in rows]
+        print(f"step {step}: {len(rows)} rows", file=sys.stderr)
+    return args.env_id, table
+
+
+def show(table: list[dict]) -> str:
+    """The table in columns."""
+    lines = [" ".join(f"{name:>19}" if name == "error_of" else f"{name:>11}" for name in FIELDS)]
+    for row in table:
+        cells = (row.get(name, "") for name in FIELDS)
+        cells = (f"{c:>11.4g}" if isinstance(c, float) else f"{c:>11}" for c in cells)
+        lines.append(" ".join(f"{c.strip():>19}" if i == 2 else c for i, c in enumerate(cells)))
+    return "\n".join(lines)
+
+
+def plot(table: list[dict], title: str, out: Path) -> None:
+    """The last checkpoint: bias and root mean square error of the targets, state error, cosine, over h."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from curves import COLOURS
+
+    last = max(row["step"] for row in table)
+    kinds = list(dict.fromkeys(row["error_of"] for row in table))
+    has_model = "model - simulator" in kinds
+    figure, panels = plt.subplots(
+        1, 4 if has_model else 2, figsize=(13 if has_model else 7, 3), constrained_layout=True
+    )
+    for kind, colour in zip(kinds, COLOURS, strict=False):
+        rows = [row for row in table if row["step"] == last and row["error_of"] == kind]
+        h, bias, se = (np.array([row[name] for row in rows]) for name in ("h", "bias", "bias_se"))
+        panels[0].plot(h, bias, color=colour, label=kind.replace("-", "−"))
+        panels[0].fill_between(h, bias - 1.96 * se, bias + 1.96 * se, color=colour, alpha=0.2, lw=0)
+        panels[1].plot(h, [math.sqrt(max(row["mse"], 0)) for row in rows], color=colour)
+        if kind == "model - simulator":
+            panels[2].plot(h, [row.get("state_error", math.nan) for row in rows], color=colour)
+            panels[3].plot(h, [row["cosine"] for row in rows], color=colour)
+    names = [
+        "bias of the target",
+        "r.m.s. error of the target",
+        "state error (deviations)",
+        "cosine of gradients",
+    ]
+    for axes, name in zip(panels, names, strict=False):
+        axes.set(xlabel="imagined steps h", title=name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].axhline(0, color="black", lw=0.8)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title}, checkpoint of step {last}", fontsize=11)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder of sac_mve.py or sac_ove.py")
+    parser.add_argument("--horizon", type=int, default=10, help="largest h (default: 10)")
+    parser.add_argument("--starts", type=int, default=512, help="transitions per checkpoint (default: 512)")
+    parser.add_argument("--returns", type=int, default=4, help="Monte-Carlo returns for each (default: 4)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--csv", type=Path, help="file for the table")
+    parser.add_argument("--figure", type=Path, help="picture of the last checkpoint")
+    args = parser.parse_args()
+    try:
+        for name, least in (("horizon", 0), ("starts", 2), ("returns", 2), ("threads", 1)):
+            value = getattr(args, name)
+            if value < least:
+                raise ValueError(f"--{name} {value}: must be at least {least}")
+        env_id, table = measure(args.run, args.horizon, args.starts, args.returns, args.threads)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(show(table))
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(table)
+    if args.figure:
+        plot(table, env_id, args.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The studies measure what they say: errors that are known in closed form, areas, intervals, one-line mistakes."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, load, run
+from tests.tasks import RHO, A, B, Q
+from tests.test_math import GAMMA, K, exact_critic
+
+sys.path.insert(0, str(ROOT / "experiments"))
+errors, study = (
+    load(f"{name}", ROOT / "experiments" / f"{name}.py") for name in ("target_error", "horizon_study")
+)
+mve, ove = load("sac_mve"), load("sac_ove")
+
+
+def needs(name: str):
+    """Skip a test where an extra is not installed."""
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
+
+
+def experiment(name: str, *flags: object) -> subprocess.CompletedProcess:
+    words = [sys.executable, ROOT / "experiments" / f"{name}.py", *map(str, flags)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+class LinearAgent:
+    """Policy a = −K s (in the task's units, with noise of deviation `std`), exact critics plus a bias."""
+
+    def __init__(self, bias: float, std: float = 1e-6):
+        self.log_alpha, self.bias, self.std = torch.tensor(-30.0), bias, std
+        self.critic_target = lambda obs, action: torch.stack(
+            [exact_critic(obs, 2 * action + 1, self.bias)] * 2
+        )
+        self.critic = torch.nn.Linear(2, 2)
+        forward = self.critic.forward
+        self.critic.forward = lambda obs, action: forward(torch.cat([obs, action], 1)).T
+
+    def actor(self, obs):
+        return ((-K * obs - 1) / 2).atanh(), torch.full_like(obs, self.std).log()
+
+
+def lqr_starts(number: int):
+    """States in reach of the policy, and a simulator of the linear-quadratic task."""
+    env = ove.make_env("tests.tasks:LQR-v0")
+    simulator, task, rows = ove.Simulator("tests.tasks:LQR-v0", env, 1), env.unwrapped, []
+    obs = torch.linspace(-0.9, 0.9, number)[:, None]
+    action = -K * obs
+    next_obs = A * obs + B * action
+    for value in next_obs:
+        task.state = value.item()
+        rows.append(simulator.row(task))
+    reward = -(Q * obs**2 + RHO * action**2)[:, 0]
+    starts = errors.Starts(obs, (action - 1) / 2, reward, next_obs, torch.zeros(number), np.array(rows))
+    return simulator, starts
+
+
+class Shifted(errors.TrueSimulator):
+    """A model that is wrong by 0.3 in every reward."""
+
+    def step(self, action):
+        obs, reward, done = super().step(action)
+        return obs, reward + 0.3, done
+
+
+def table(bias: float, learned, horizon: int = 4):
+    torch.manual_seed(0)
+    simulator, starts = lqr_starts(64)
+    model = None if learned is None else learned(simulator)
+    with torch.no_grad():
+        rows = errors.compare(ove, LinearAgent(bias), model, simulator, starts, horizon, 2, GAMMA)
+    return {(row["error_of"], row["h"]): row for row in rows}
+
+
+def test_perfect_model_has_no_error():
+    rows = table(0.0, errors.TrueSimulator)
+    for h in range(5):
+        row = rows["model - simulator", h]
+        assert row["bias"] == row["variance"] == row["mse"] == row["state_error"] == 0
+        assert row["cosine"] == pytest.approx(1)
+
+
+def test_bias_of_the_critic_is_discounted_once_per_step():
+    """Critic + 2: the simulator's h-step target errs by 2 γ^(h+1) against the returns."""
+    rows = table(2.0, None)
+    assert set(rows) == {("simulator - returns", h) for h in range(5)}
+    left = 2 * GAMMA ** (1 + np.ceil(np.log(0.01) / np.log(GAMMA)))  # the critic's share in the returns
+    for h in range(5):
+        row = rows["simulator - returns", h]
+        assert row["bias"] == pytest.approx(2 * GAMMA ** (h + 1) - left, abs=1e-3)
+        assert row["mse"] == pytest.approx(row["bias"] ** 2, abs=1e-3)
+
+
+def test_error_of_the_model_adds_up():
+    """Rewards wrong by 0.3: bias 0.3 Σ_{t<h} γ^(t+1), states right."""
+    rows = table(0.0, Shifted)
+    for h in range(5):
+        row = rows["model - simulator", h]
+        assert row["bias"] == pytest.approx(0.3 * sum(GAMMA ** (t + 1) for t in range(h)), abs=1e-4)
+        assert row["state_error"] == 0
+
+
+@pytest.mark.parametrize(("algo", "horizon"), [("sac_mve", 2), ("sac_mve", 0), ("sac_ove", 2)])
+def test_target_error_of_a_run(algo, horizon, tmp_path):
+    """Every checkpoint, every h; a learned model is compared only where there is one."""
+    folder = run(algo, tmp_path / "runs", "--env-id", "InvertedPendulum-v5", "--horizon", horizon)
+    out = tmp_path / "new" / "errors.csv"
+    flags = ["--horizon", 3, "--starts", 20, "--returns", 2, "--threads", 1, "--csv", out]
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    done = experiment("target_error", folder, *flags, *(["--figure", tmp_path / "e.png"] if drawn else []))
+    assert done.returncode == 0, done.stderr
+    with open(out) as file:
+        rows = list(csv.DictReader(file))
+    steps = {torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt")}
+    kinds = 3 if (algo, horizon) == ("sac_mve", 2) else 1
+    assert len(rows) == len(steps) * 4 * kinds and {int(row["step"]) for row in rows} == steps
+    assert all(np.isfinite(float(row[name])) for row in rows for name in ("bias", "variance", "mse"))
+    assert not drawn or (tmp_path / "e.png").stat().st_size > 5000
+
+
+def test_target_error_mistakes(tmp_path):
+    sac = run("sac", tmp_path)
+    for flags, expected in (
+        ([tmp_path / "nothing"], "must be a run folder with a readable args.json"),
+        ([sac], "must be a run of sac_mve or sac_ove, not sac"),
+        ([sac, "--horizon", -1], "--horizon -1: must be at least 0"),
+        ([sac, "--returns", 1], "--returns 1: must be at least 2"),
+    ):
+        done = experiment("target_error", *flags)
+        assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def write_runs(folder, values: dict) -> None:
+    """Exported evaluations: {(algo, settings): {seed: returns at steps 0, 10, 20}}."""
+    for (algo, settings), runs in values.items():
+        for seed, returns in runs.items():
+            path = folder / algo / settings / f"{seed}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [f"{10 * i},{value}" for i, value in enumerate(returns)]
+            path.write_text("\n".join(["step,return_mean", *lines]))
+
+
+def test_areas_and_paired_differences(tmp_path):
+    write_runs(tmp_path, {
+        ("sac", "default"): {1: (0, 10, 20), 2: (0, 20, 40)},
+        ("sac_ove", "horizon-5"): {1: (0, 30, 50), 2: (0, 30, 70)},
+        ("sac_mve", "horizon-5"): {1: (0, 20, 40), 2: (0, 30, 50)},
+        ("sac_mve", "horizon-5__members-2"): {1: (0, 99, 99)},
+    })  # fmt: skip
+    curves, areas = study.read_areas(tmp_path)
+    assert areas["sac_ove", 5] == {"1": 40, "2": 50} and areas["sac_mve", 5] == {"1": 30, "2": 40}
+    assert areas["sac_ove", 0] == areas["sac_mve", 0] == {"1": 15, "2": 30}
+    assert not any(method == "sac_retrace" for method, _ in curves)
+    assert study.paired(areas, [(1, ("sac_ove", 5)), (-1, ("sac_ove", 0))]) == [25, 20]
+    assert study.paired(areas, [(1, ("sac_ove", 30)), (-1, ("sac_ove", 0))]) == []
+
+
+@needs("scipy")
+def test_interval_and_report(tmp_path):
+    """Student's t with two degrees of freedom: 2 ± 4.3027 / √3; a verdict only where zero is outside."""
+    assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / 3**0.5), rel=1e-5)
+    near = {seed: (0, 100 + seed, 100 + seed) for seed in (1, 2, 3)}
+    write_runs(tmp_path, {
+        ("sac", "default"): {seed: (0, seed, seed) for seed in (1, 2, 3)},
+        ("sac_ove", "horizon-1"): near,
+        ("sac_mve", "horizon-1"): {1: (0, 90, 90), 2: (0, 110, 110), 3: (0, 100, 100)},
+    })  # fmt: skip
+    text = study.report(study.read_areas(tmp_path)[1])
+    assert "| R1: a perfect model helps | OVE(1) − OVE(0) | 100 ± 0 | above zero |" in text
+    assert "| OVE(1) − MVE(1) | 2 ± " in text and "| undecided |" in text
+
+
+@needs("matplotlib")
+def test_horizon_figure(tmp_path):
+    write_runs(tmp_path / "Task", {("sac_ove", "horizon-1"): {1: (0, 1, 2), 2: (0, 2, 3)}})
+    study.plot(study.read_areas(tmp_path / "Task")[0], "Task", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_horizon_study_plans_runs_and_skips(tmp_path):
+    """H = 0 once per seed, through sac.py; a second call finds everything finished."""
+    flags = ["run", "--runs-dir", tmp_path, "--seeds", "1", "--horizons", "0,1", "--methods", "sac_ove"]
+    flags += ["--env-id", "InvertedPendulum-v5", "--workers", 2, "--", "--total-timesteps", 150]
+    flags += ["--learning-starts", 60, "--batch-size", 16, "--hidden", 16, "--eval-episodes", 1]
+    first, second = experiment("horizon_study", *flags), experiment("horizon_study", *flags)
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "2 runs, 2 complete, 0 failed" in first.stdout and "2 runs, 2 finished" in second.stdout
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/args.json")]
+    assert {(r["algo"], r["args"].get("horizon")) for r in records} == {("sac", None), ("sac_ove", 1)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["run", "--methods", "sac"], "--methods sac: must be of sac_mve, sac_ove, sac_retrace"),
+        (["run", "--horizons", "1,-2"], "--horizons -2: must be natural numbers"),
+        (["run", "--workers", 0], "--workers 0: must be at least 1"),
+        (["plot", "no/such/folder"], "no/such/folder: must hold <algorithm>/horizon-<H>/<seed>.csv"),
+    ],
+)
+def test_horizon_study_mistakes(flags, expected):
+    done = experiment("horizon_study", *flags)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_oracle_speed_prints_a_ratio():
+    done = experiment("oracle_speed", "--env-ids", "Hopper-v5", "--threads", 1, "--rounds", 2, "--batch", 8)
+    assert done.returncode == 0, done.stderr
+    name, threads, bare, query, ratio = done.stdout.splitlines()[1].split()
+    assert (name, threads) == ("Hopper-v5", "1") and float(bare) > 0 and float(query) > 0 and float(ratio) > 0
+    assert experiment("oracle_speed", "--batch", 0).returncode == 2

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ORACLE, RETRACE = "test_oracle", "test_retrace"
 MATH, RUNS, FAILURES, RESUME, FAMILY = (
     "test_math",
     "test_runs",
@@ -66,6 +67,23 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("replay order lost", 'self.added = state["added"]', 'self.added = len(state["rows"])', RESUME),
     ("TensorBoard not purged", "purge_step=step + 1", "purge_step=None", RESUME),
     ("model drawn at horizon 0", "if args.horizon == 0:  #", "if args.horizon < 0:  #", FAMILY),
+    ("oracle: ended rows move on", "living = np.flatnonzero(~done)", "living = np.arange(len(done))", ORACLE),
+    ("oracle: an end pays on", "reward[:] = 0\n            if", "if", ORACLE),
+    ("oracle: warm start lost", "initial_warmstart=warm", "initial_warmstart=np.zeros_like(warm)", ORACLE),
+    ("oracle: state of another transition", "buffer.states[at.cpu()]", "buffer.states[at.cpu() - 1]", ORACLE),
+    ("oracle: one substep too few", "control, nstep=skip,", "control[:, 1:], nstep=skip - 1,", ORACLE),
+    ("oracle: dt of the default task", "step.before[:, 0]) / task.dt", "step.before[:, 0]) / 0.05", ORACLE),
+    ("oracle: velocity from where it is now", "step.field[\"centre\"][:, 0] - step", "step.qpos[:, 0] - step", ORACLE),
+    ("oracle: actions not scaled", "np.clip(self.copy.func(action), bounds", "np.clip(action, bounds", ORACLE),
+    ("oracle: lagged places not put back", "array[...] = row[at", "_ = row[at", ORACLE),
+    ("oracle: states not restored", 'self.states[: self.size] = state["states"]', "pass", RESUME),
+    ("retrace: beyond the episode", ".view_as(q) * linked[1:]", ".view_as(q)", RETRACE),
+    ("retrace: across the ring's seam", "(age + k < buffer.size) & ", "", RETRACE),
+    ("retrace: ratio not capped", "ratio.clamp_max(1)", "ratio", RETRACE),
+    ("retrace: no correction", "trace[k] * (target - q[k])", "trace[k] * target", RETRACE),
+    ("retrace: warm-up not uniform", "self.added < self.agent.args.learning_starts", "False", RETRACE),
+    ("retrace: entropy twice", "corrected = next_q[k]", "corrected = next_q[k] - alpha * next_log_prob[k]", RETRACE),
+    ("retrace: densities not restored", 'self.log_mu[: self.size] = state["log_mu"]', "pass", RESUME),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The studies measure what they say: errors that are known in closed form, areas, intervals, one-line mistakes."""
+"""The studies measure what they say: errors known in closed form, areas, intervals, one-line mistakes."""
 
 import csv
 import importlib.util

@@ -1,0 +1,154 @@
+"""The tasks of three papers as Gymnasium ids: --env-id experiments.suites:poplin/Hopper-v0 and so on.
+
+poplin/ Ant-v0, Cheetah-v0, Hopper-v0, Swimmer-v0, Walker2d-v0 (arXiv 1906.08649, tasks of arXiv 1907.02057):
+    no termination; the reward is a known function of the observation *before* the step and of the action.
+pets/ Cheetah-v0 (arXiv 1805.12114):
+    the observation has the last step's velocity, and the pitch as sine and cosine.
+mbpo/ Ant-v0, HalfCheetah-v0, Hopper-v0, Humanoid-v0, Walker2d-v0 (arXiv 1906.08253):
+    Gymnasium's tasks with truncated observations (Ant, Humanoid), Walker2d's old feet, and the alive bonus
+    paid on the terminating step too.
+
+All rest on Gymnasium's bodies of version 5, with 1 000 steps an episode. Physics engines have changed since
+the papers (MuJoCo 1.31 and 1.50): returns are comparable within the noise of their seeds, not to the digit.
+"""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+
+BONUS = 1.0  # for being there, whatever the posture: Ant, Hopper, Walker2d of poplin
+
+
+class Poplin(gym.Wrapper):
+    """r = v_x − 0.1 ‖u‖² (− 3 (z − height)² + 1), all of the state before the step; never terminates.
+
+    Observations are positions without the root's x (and y) and unclipped velocities: [n], float64.
+    """
+
+    def __init__(self, env: gym.Env, skip: int, height: float | None):
+        super().__init__(env.unwrapped)
+        self.skip, self.height = skip, height
+        self.observation_space = Box(-np.inf, np.inf, (len(self.observe()),), np.float64)
+
+    def observe(self) -> np.ndarray:
+        data = self.unwrapped.data
+        return np.concatenate([data.qpos[self.skip :], data.qvel])
+
+    def reward(self, action: np.ndarray) -> float:
+        data = self.unwrapped.data
+        reward = data.qvel[0] - 0.1 * np.square(action, dtype=np.float64).sum()
+        if self.height is not None:
+            reward += BONUS - 3 * (data.qpos[self.skip] - self.height) ** 2
+        return float(reward)
+
+    def reset(self, **options):
+        _, info = self.env.reset(**options)
+        return self.observe(), info
+
+    def step(self, action: np.ndarray):
+        reward = self.reward(action)
+        *_, info = self.env.step(action)
+        return self.observe(), reward, False, False, info
+
+
+class PoplinSwimmer(Poplin):
+    """Rewarded by the velocity w of the head's tip in the step before, which is the last observation.
+
+    The benchmark's body has its origin at that tip, Gymnasium's 1.5 m behind: w = (Δq_0 + 1.5 Δcos q_2) / dt.
+    """
+
+    def __init__(self, env: gym.Env):
+        self.tip_velocity = 0.0
+        super().__init__(env, 2, None)
+
+    def tip(self) -> float:
+        data = self.unwrapped.data
+        return float(data.qpos[0] + 1.5 * np.cos(data.qpos[2]))
+
+    def observe(self) -> np.ndarray:
+        return np.append(super().observe(), self.tip_velocity)
+
+    def reset(self, **options):
+        self.tip_velocity = 0.0
+        return super().reset(**options)
+
+    def step(self, action: np.ndarray):
+        reward, before = (
+            self.tip_velocity - 1e-4 * float(np.square(action, dtype=np.float64).sum()),
+            self.tip(),
+        )
+        *_, info = self.env.step(action)
+        self.tip_velocity = (self.tip() - before) / self.unwrapped.dt
+        return self.observe(), reward, False, False, info
+
+
+class PetsCheetah(gym.Wrapper):
+    """Observations [19]: Δx/dt of the last step (0 after a reset), z, sin, cos of pitch, joints, velocities.
+
+    r = Δx/dt − 0.1 ‖u‖², as HalfCheetah-v5.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (19,), np.float64)
+
+    def observe(self, velocity: float) -> np.ndarray:
+        q, v = self.unwrapped.data.qpos, self.unwrapped.data.qvel
+        return np.concatenate([[velocity, q[1], np.sin(q[2]), np.cos(q[2])], q[3:], v])
+
+    def reset(self, **options):
+        _, info = self.env.reset(**options)
+        return self.observe(0.0), info
+
+    def step(self, action: np.ndarray):
+        _, reward, terminated, truncated, info = self.env.step(action)
+        return self.observe(info["x_velocity"]), reward, terminated, truncated, info
+
+
+class AliveBonusToTheEnd(gym.Wrapper):
+    """Version 2 paid the alive bonus on the terminating step as well; version 5 does not."""
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if not self.unwrapped.is_healthy:
+            reward += self.unwrapped._healthy_reward
+        return obs, reward, terminated, truncated, info
+
+
+def poplin(base: str, skip: int, height: float | None = None, **options) -> gym.Env:
+    return Poplin(gym.make(base, **options), skip, height)
+
+
+def poplin_swimmer(**options) -> gym.Env:
+    return PoplinSwimmer(gym.make("Swimmer-v5", **options))
+
+
+def pets_cheetah(**options) -> gym.Env:
+    return PetsCheetah(gym.make("HalfCheetah-v5", reset_noise_scale=1e-3, **options).unwrapped)
+
+
+def mbpo(base: str, **options) -> gym.Env:
+    return AliveBonusToTheEnd(gym.make(base, **options).unwrapped)
+
+
+def truncated(*parts: str) -> dict[str, bool]:
+    return {f"include_{part}_in_observation": False for part in parts}
+
+
+UPRIGHT, OLD_FEET = {"terminate_when_unhealthy": False}, {"xml_file": "walker2d.xml"}
+SUITES = {  # id: (entry point, its arguments)
+    "poplin/Ant-v0": (poplin, {"base": "Ant-v5", "skip": 2, "height": 0.57} | UPRIGHT),
+    "poplin/Cheetah-v0": (poplin, {"base": "HalfCheetah-v5", "skip": 1}),
+    "poplin/Hopper-v0": (poplin, {"base": "Hopper-v5", "skip": 1, "height": 1.3} | UPRIGHT),
+    "poplin/Swimmer-v0": (poplin_swimmer, {}),
+    "poplin/Walker2d-v0": (poplin, {"base": "Walker2d-v5", "skip": 1, "height": 1.3} | UPRIGHT | OLD_FEET),
+    "pets/Cheetah-v0": (pets_cheetah, {}),
+    "mbpo/Ant-v0": (mbpo, {"base": "Ant-v5"} | truncated("cfrc_ext")),
+    "mbpo/HalfCheetah-v0": (lambda **options: gym.make("HalfCheetah-v5", **options).unwrapped, {}),
+    "mbpo/Hopper-v0": (mbpo, {"base": "Hopper-v5"}),
+    "mbpo/Humanoid-v0": (
+        mbpo,
+        {"base": "Humanoid-v5"} | truncated("cinert", "cvel", "qfrc_actuator", "cfrc_ext"),
+    ),
+    "mbpo/Walker2d-v0": (mbpo, {"base": "Walker2d-v5"} | OLD_FEET),
+}
+for name, (entry_point, arguments) in SUITES.items():
+    gym.register(name, entry_point=entry_point, kwargs=arguments, max_episode_steps=1000)

@@ -434,6 +434,8 @@ def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) ->
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
     env, returns, lengths = make_env(args.env_id, video_dir), [], []
     for episode in range(args.eval_episodes):
+        if SIGNALS:
+            raise SystemExit(128 + SIGNALS[0])
         obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
         obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
         while not done:
@@ -705,6 +707,7 @@ def parse(argv: list[str] | None = None) -> "Args":
 
 def stop_after_this_step(number: int, _: object) -> None:
     """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    os.write(2, b"stopping; once more to kill\n")
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 

@@ -11,7 +11,7 @@ MuJoCo itself, so that the target has no model error at all and only the horizon
 
 (2), (3), (4), (5) are sac.py's, (8) is the optional TD-k loss of sac_mve.py. H = 0 is sac.py bit for bit and
 needs no simulator. The replay also keeps the simulator's state after each step: float64, with the solver's
-warm start, because float32 would already be a model error of 1e-7 to 3e-5. Ten Gymnasium tasks are served by
+warm start, because float32 would already be a model error of 1e-7 to 3e-4. Ten Gymnasium tasks are served by
 batched formulas, any other task on MuJoCo by a private copy that is restored and stepped: docs/sac_ove.md.
 
     python algos/sac_ove.py --horizon 3
@@ -42,9 +42,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
-os.environ["GOMP_SPINCOUNT"] = os.environ.get(
-    "GOMP_SPINCOUNT", "1000"
-)  # or torch's idle threads starve MuJoCo's
+# Idle threads of torch that spin on would take their cores from MuJoCo's; read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import gymnasium as gym
 import mujoco
@@ -61,7 +60,6 @@ ALGO = Path(__file__).stem
 CHECKPOINT_FORMAT = 1
 SIGNALS = []  # SIGINT or SIGTERM, once received
 LAGGED = ("xpos", "xipos", "site_xpos", "subtree_com")  # MuJoCo's places of things, one substep old
-PLAIN_WRAPPERS = ("FlattenObservation", "OrderEnforcing", "RescaleAction", "TimeLimit", "TransformAction")
 Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
 Natural = Annotated[int, (0, 2**31 - 1)]
 Width = Annotated[int, (1, 65_536)]
@@ -339,9 +337,7 @@ class Step(NamedTuple):
     """One step of B copies of a task, as its formulas read it: float64 but for the action."""
 
     before: np.ndarray  # [B, nq] positions before the step
-    lagged: (
-        np.ndarray
-    )  # [B, 0 or 2] the centre whose velocity is rewarded, as the task saw it before the step
+    lagged: np.ndarray  # [B, 0 or 2] the centre whose velocity is rewarded, as it was seen before the step
     qpos: np.ndarray  # [B, nq]
     qvel: np.ndarray  # [B, nv]
     action: np.ndarray  # [B, m] in the task's units
@@ -503,10 +499,12 @@ class Simulator:
         self.copy.reset(seed=0)
         task = self.copy.unwrapped
         held = isinstance(getattr(task, "model", None), mujoco.MjModel)
-        require(held, "env_id", env_id, "a task that holds a MuJoCo model (--horizon 0 needs none)")
-        self.model, plain, layer = task.model, True, self.copy
-        while layer is not task:  # a wrapper of the user's could change actions and rewards
-            plain, layer = plain and type(layer).__name__ in PLAIN_WRAPPERS, layer.env
+        held = held and isinstance(getattr(task, "data", None), mujoco.MjData)
+        require(held, "env_id", env_id, "a task that holds MuJoCo's model and data (--horizon 0 needs none)")
+        self.model, plain, layer = task.model, True, self.copy.env.env.env  # below make_env's three
+        while layer is not task:  # any other wrapper could change actions and rewards
+            plain = plain and type(layer) in (gym.wrappers.OrderEnforcing, gym.wrappers.TimeLimit)
+            layer = layer.env
         package, _, module = type(task).__module__.rpartition(".")
         self.task = TASKS.get(module) if plain and package == "gymnasium.envs.mujoco" else None
         kind = mujoco.mjtState.mjSTATE_FULLPHYSICS if self.task else mujoco.mjtState.mjSTATE_INTEGRATION
@@ -546,9 +544,10 @@ class Simulator:
         return rows[:, 1 : 1 + nq], rows[:, 1 + nq : 1 + nq + nv]
 
     def roll_out(self, rows: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, dict]:
-        """All rows in MuJoCo's threads. They hand no warm start back: later imagined steps start from zero,
+        """All rows in MuJoCo's threads.
 
-        which moves them by less than 1e-12; the first one, from the stored warm start, is exact.
+        The first imagined step is exact. No warm start comes back, so later ones begin from zero, which moves
+        them by less than 1e-12 each.
         """
         skip = self.copy.unwrapped.frame_skip
         control = np.repeat(units[:, None].astype(np.float64), skip, 1)
@@ -594,14 +593,14 @@ class Simulator:
         return self.read(data), np.asarray(obs, float), float(reward), bool(terminated)
 
     def verify(self, env_id: str) -> None:
-        """Fifty random steps of another copy must come out the same in reverse. Raises BadInput if not."""
+        """Sixty random steps of another copy, in three episodes, must come out the same. Raises BadInput."""
         other, rng, log = make_env(env_id), np.random.default_rng(0), []
-        other.reset(seed=0)
-        for _ in range(50):
+        other.reset(seed=1)
+        for i in range(60):
             row, action = self.row(other.unwrapped), rng.uniform(-1, 1, other.action_space.shape)
             obs, reward, terminated, truncated, _ = other.step(action.astype(np.float32))
             log.append((row, action.astype(np.float32), obs, reward, terminated))
-            if terminated or truncated:
+            if terminated or truncated or i % 20 == 19:
                 other.reset()
         other.close()
         rows, actions, *real = (np.array(column[::-1]) for column in zip(*log, strict=True))
@@ -618,8 +617,8 @@ class SimulatorReplay(ReplayBuffer):
         self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, simulator: Simulator
     ):
         super().__init__(capacity, obs_dim, action_dim, device)
-        left = 0.9 * available_memory(torch.device("cpu")) - 2 * self.rows.nbytes
-        most = int(left / (2 * 8 * simulator.width))
+        row_bytes = 2 * (4 * sum(self.widths) + 4 + 8 * simulator.width)
+        most = int(0.9 * available_memory(torch.device("cpu")) / row_bytes)
         require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
         self.simulator = simulator
         self.states = torch.zeros(capacity, simulator.width, dtype=torch.float64)
@@ -848,6 +847,8 @@ def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) ->
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
     env, returns, lengths = make_env(args.env_id, video_dir), [], []
     for episode in range(args.eval_episodes):
+        if SIGNALS:
+            raise SystemExit(128 + SIGNALS[0])
         obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
         obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
         while not done:
@@ -1119,6 +1120,7 @@ def parse(argv: list[str] | None = None) -> "Args":
 
 def stop_after_this_step(number: int, _: object) -> None:
     """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    os.write(2, b"stopping; once more to kill\n")
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 

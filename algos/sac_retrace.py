@@ -360,9 +360,10 @@ def retrace(
     alpha: Tensor,
     gamma: float,
 ) -> Tensor:
-    """(1c, 1d): rewards, ends, min_i Q̄_i and log π of fresh actions [H + 1, B]; q and trace of the recorded
+    """(1c, 1d): the targets y [B] of windows of H + 1 recorded steps.
 
-    actions that follow, [H, B] -> y [B].
+    [H + 1, B]: rewards, ends, min_i Q̄_i and log π of fresh actions at the successors. [H, B]: min_i Q̄_i and
+    trace c of the recorded actions there.
     """
     assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
     assert q.shape == trace.shape == reward[1:].shape
@@ -425,15 +426,15 @@ class Agent:
             next_action, next_log_prob = self.actor.sample(window.next_obs)
             next_q = self.critic_target(window.next_obs, next_action).amin(0)  # (1a)
             steps = (window.reward, window.terminated, next_q, next_log_prob)
-            q = trace = linked[1:].float()
+            recorded_q = trace = linked[1:].float()  # empty where H = 0
             if horizon > 0:
-                obs, action = window.obs[len(at) :], window.action[len(at) :]  # the steps that follow
-                ratio = (self.log_prob(obs, action) - buffer.log_mu[places[1:].flatten()]).exp()
-                trace = self.args.trace_lambda * ratio.clamp_max(1).view_as(q) * linked[1:]  # (1b)
-                q = self.critic_target(obs, action).amin(0).view_as(trace)
+                following = window.obs[len(at) :], window.action[len(at) :]
+                ratio = (self.log_prob(*following) - buffer.log_mu[places[1:].flatten()]).exp()
+                trace = self.args.trace_lambda * ratio.clamp_max(1).view_as(trace) * linked[1:]  # (1b)
+                recorded_q = self.critic_target(*following).amin(0).view_as(trace)
                 metrics["expansion/trace"] = trace.sum() / linked[1:].sum().clamp_min(1)
                 metrics["expansion/trusted_steps"] = trace.cumprod(0).sum(0).mean()
-            target = retrace(*(x.view(stack) for x in steps), q, trace, alpha, gamma)  # (1c, 1d)
+            target = retrace(*(x.view(stack) for x in steps), recorded_q, trace, alpha, gamma)  # (1c, 1d)
         q = self.critic(batch.obs, batch.action)
         critic_loss = twin_loss(q, target)  # (2)
 
@@ -524,6 +525,8 @@ def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) ->
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
     env, returns, lengths = make_env(args.env_id, video_dir), [], []
     for episode in range(args.eval_episodes):
+        if SIGNALS:
+            raise SystemExit(128 + SIGNALS[0])
         obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
         obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
         while not done:
@@ -795,6 +798,7 @@ def parse(argv: list[str] | None = None) -> "Args":
 
 def stop_after_this_step(number: int, _: object) -> None:
     """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    os.write(2, b"stopping; once more to kill\n")
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 

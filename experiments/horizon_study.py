@@ -26,36 +26,56 @@ METHODS = {
     "sac_retrace": "Retrace: no model",
 }
 HORIZONS = [0, 1, 3, 5, 10, 20, 30]
+MARGIN = 0.05  # of the largest area: differences smaller than that are called none
 
 
 def jobs_of(
     methods: list[str], horizons: list[int], env_id: str, seeds: list[str], runs_dir: str, extra: list[str]
 ):
     """All runs, short horizons first so that one can compare early. Raises ValueError on bad input."""
-    from launch import plan
+    from launch import has_flag, load, plan, split_flags
 
-    jobs = []
+    jobs, sac = [], load("sac")
     for horizon in sorted(horizons):
-        algos, flags = (methods, ["--horizon", str(horizon)]) if horizon else (["sac"], [])
-        jobs += plan(algos, [env_id], seeds, runs_dir, 1, [*extra, *flags])
+        algos, flags = (methods, [*extra, "--horizon", str(horizon)])
+        if horizon == 0:  # flags of the other files mean nothing to sac.py
+            algos, flags = (
+                ["sac"],
+                [w for group in split_flags(extra) if has_flag(sac, group[0]) for w in group],
+            )
+        jobs += plan(algos, [env_id], seeds, runs_dir, 1, flags)
     return jobs
 
 
-def read_areas(folder: Path) -> tuple[dict, dict]:
-    """Curves and areas: {(method, horizon): {seed: [(step, return), ..]}} and {.. {seed: area}}."""
+def read_areas(folder: Path, settings: str = "") -> tuple[dict, dict]:
+    """Curves and areas: {(method, horizon): {seed: [(step, return), ..]}} and {.. {seed: area}}.
+
+    `settings` are those beside the horizon, as in "gamma 0.95"; sac.py's runs need the same. Raises
+    ValueError if there are no such runs, or one without an evaluation after step 0.
+    """
     from curves import read
 
-    curves = {}
+    curves, others = {}, set()
     for name, runs in read(folder).items():
-        method, _, settings = name.partition(", ")
-        found = re.fullmatch(r"horizon (\d+)", settings)
-        if name == "sac" or (found and found[1] == "0"):  # the same run to the bit
+        method, _, rest = name.partition(", ")
+        found = re.fullmatch(r"horizon (\d+)(?:, (.*))?", rest)
+        horizon, rest = (int(found[1]), found[2] or "") if found else (0, rest)
+        if method not in METHODS and method != "sac":
+            continue
+        if rest != settings:
+            others.add(rest)
+        elif horizon == 0:  # the same run to the bit, whichever file made it
             curves |= {(m, 0): curves.get((m, 0), {}) | runs for m in METHODS}
-        elif method in METHODS and found:
-            curves[method, int(found[1])] = runs
+        else:
+            curves[method, horizon] = runs
     present = {method for method, horizon in curves if horizon}
     curves = {key: runs for key, runs in sorted(curves.items()) if key[0] in present}
-    end = min((max(s for s, _ in rows) for runs in curves.values() for rows in runs.values()), default=0)
+    if not curves:
+        hint = f" for --settings {settings!r}; there are {sorted(others)}" if others or settings else ""
+        raise ValueError(f"{folder}: must hold <algorithm>/horizon-<H>/<seed>.csv{hint}")
+    lasts = [max((step for step, _ in rows), default=0) for runs in curves.values() for rows in runs.values()]
+    if (end := min(lasts)) <= 0:
+        raise ValueError(f"{folder}: every run must have an evaluation after step 0")
     areas = {}
     for key, runs in curves.items():
         kept = {seed: [value for step, value in rows if 0 < step <= end] for seed, rows in runs.items()}
@@ -95,22 +115,35 @@ def report(areas: dict) -> str:
         ]
         cells = ["" if cell is None else f"{cell[0]:.0f} ± {cell[1]:.0f}" for cell in cells]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += ["", "| claim | difference of areas | mean and 95 % interval | verdict |", "|---|---|---|---|"]
+    margin = MARGIN * max(abs(interval(list(runs.values()))[0]) for runs in areas.values())
+    lines += [
+        "",
+        f"ε = {margin:.0f}, {MARGIN:.0%} of the largest area. Intervals are not corrected for their number.",
+        "",
+    ]
+    lines += ["| claim | difference of areas | mean and 95 % interval | verdict |", "|---|---|---|---|"]
     for claim, terms in questions():
         values = paired(areas, terms)
         if len(values) < 2:
             continue
         mean, half = interval(values)
-        verdict = "undecided" if abs(mean) <= half else "above zero" if mean > 0 else "below zero"
         text = " ".join(
             f"{'−' if w < 0 else '+'} {m.removeprefix('sac_').upper()}({h})" for w, (m, h) in terms
         )
-        lines.append(f"| {claim} | {text.removeprefix('+ ')} | {mean:.0f} ± {half:.0f} | {verdict} |")
+        cells = (claim, text.removeprefix("+ "), f"{mean:.0f} ± {half:.0f}", verdict(mean, half, margin))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def verdict(mean: float, half: float, margin: float) -> str:
+    """What an interval mean ± half allows to say: a sign, no difference beyond the margin, or nothing."""
+    if abs(mean) > half:
+        return "above zero" if mean > 0 else "below zero"
+    return "no difference beyond ε" if abs(mean) + half <= margin else "undecided"
+
+
 def questions() -> list[tuple[str, list[tuple[float, tuple[str, int]]]]]:
-    """What the claims of `docs/sac_ove.md` compare: (claim, weighted sum of areas)."""
+    """What the claims in docs/when_to_trust_your_model.md compare: (claim, weighted sum of areas)."""
     ove, mve, retrace = (lambda h, m=m: (m, h) for m in ("sac_ove", "sac_mve", "sac_retrace"))
     found = [("R1: a perfect model helps", [(1, ove(h)), (-1, ove(0))]) for h in HORIZONS[1:]]
     shrinking = [(1, ove(5)), (-1, ove(1)), (-1, ove(30)), (1, ove(20))]
@@ -150,8 +183,13 @@ def plot(curves: dict, title: str, out: Path) -> None:
     panels[-1, 0].set(xlabel="environment steps")
     seeds = len({seed for runs in curves.values() for seed in runs})
     figure.suptitle(f"{title}, mean and standard deviation over {seeds} seeds", fontsize=11)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    lines = {
+        label: line
+        for axes in panels[:, 0]
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    shown = [f"H = {horizon}" for horizon in horizons]
+    figure.legend([lines[label] for label in shown], shown, loc="outside right upper", frameon=False)
     figure.set_layout_engine("constrained")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
@@ -174,18 +212,20 @@ def main() -> int:
     runner.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for every file")
     drawer = commands.add_parser("plot")
     drawer.add_argument("folder", type=Path, help="<folder of exported runs>/<task>")
+    drawer.add_argument("--settings", default="", help='beside the horizon, as in "gamma 0.95"')
     drawer.add_argument("--out", type=Path, help="picture; without it only the tables are printed")
     args = parser.parse_args()
     try:
         if args.command == "plot":
-            curves, areas = read_areas(args.folder)
-            if not curves:
-                raise ValueError(f"{args.folder}: must hold <algorithm>/horizon-<H>/<seed>.csv")
+            curves, areas = read_areas(args.folder, args.settings)
         else:
             if unknown := set(args.methods) - set(METHODS):
                 raise ValueError(f"--methods {unknown.pop()}: must be of {', '.join(METHODS)}")
             if bad := [h for h in args.horizons if not h.isdecimal()]:
                 raise ValueError(f"--horizons {bad[0]}: must be natural numbers, comma-separated")
+            for name in ("methods", "horizons", "seeds"):
+                if not getattr(args, name):
+                    raise ValueError(f"--{name}: must not be empty")
             if args.workers < 1:
                 raise ValueError(f"--workers {args.workers}: must be at least 1")
             runs_dir, horizons = str(Path(args.runs_dir).resolve()), [int(h) for h in args.horizons]

@@ -30,6 +30,8 @@ def measure(env_id: str, batch: int, threads: int, rounds: int) -> tuple[float, 
     oracle, rng = load("sac_ove"), np.random.default_rng(0)
     env = oracle.make_env(env_id)
     simulator, rows = oracle.Simulator(env_id, env, threads), []
+    if simulator.task is None:
+        raise ValueError(f"--env-ids {env_id}: must be tasks with batched formulas")
     env.reset(seed=0)
     while len(rows) < batch:  # every third of random steps
         for _ in range(3):
@@ -40,8 +42,7 @@ def measure(env_id: str, batch: int, threads: int, rounds: int) -> tuple[float, 
     rows, action = np.array(rows), rng.uniform(-1, 1, (batch, *env.action_space.shape)).astype(np.float32)
     model, skip, full = simulator.model, env.unwrapped.frame_skip, simulator.full
     state, warm = rows[:, :full].copy(), rows[:, full : full + model.nv].copy()
-    control = np.repeat(action[:, None].astype(float), skip, 1)
-    control = control.clip(*model.actuator_ctrlrange.T)
+    control = np.repeat(simulator.copy.func(action)[:, None].astype(float), skip, 1)
     datas = [mujoco.MjData(model) for _ in range(threads)]
     pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
     bare, query = [], []
@@ -66,13 +67,18 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    if min(args.batch, args.rounds, *args.threads) < 1:
-        print("error: --batch, --rounds, --threads: must be at least 1", file=sys.stderr)
-        return 2
+    for name, value in (("batch", args.batch), ("rounds", args.rounds), ("threads", min(args.threads))):
+        if value < 1:
+            print(f"error: --{name} {value}: must be at least 1", file=sys.stderr)
+            return 2
     print(f"{'task':>26} {'threads':>8} {'rollout':>9} {'query':>9} {'ratio':>7}")
     for env_id in args.env_ids.split(","):
         for threads in args.threads:
-            bare, query = measure(env_id, args.batch, threads, args.rounds)
+            try:
+                bare, query = measure(env_id, args.batch, threads, args.rounds)
+            except ValueError as error:  # BadInput is one
+                print(f"error: {error}", file=sys.stderr)
+                return 2
             print(f"{env_id:>26} {threads:>8} {bare:>9.2f} {query:>9.2f} {query / bare:>7.2f}", flush=True)
     return 0
 

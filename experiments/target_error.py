@@ -9,17 +9,19 @@ before the critic has a say. Per checkpoint and h, in units of the return:
 
     model - simulator     what the model's error does to the target: bias, variance, mean square
     model - returns       the whole error of the target a learned model gives, the critic's share included
-    simulator - returns   the same with a perfect model: what only a better critic could mend
+    simulator - returns   the same with a perfect model: the critic's share, and the noise of the actions
     state error           root mean square after h steps, in deviations of the visited observations
     cosine                between the gradients that the two targets of the first column give the critic
 
-Against the returns, variance and mean square have the sampling noise of the returns taken out. Where they
-fall with h, looking further ahead pays; where the model's rise and the simulator's do not, the model is to
-blame. Without a learned model (sac_ove.py, --horizon 0) only the third is there. Figures: the extra `bench`.
+Against the returns, variance and mean square have the sampling noise of the returns taken out, but not that
+of the target's own h actions, which grows with h (more particles would average it out). Where they fall with
+h, looking further ahead pays; where the model's rise and the simulator's do not, the model is to blame.
+Without a learned model (sac_ove.py, --horizon 0) only the third line is there. Figures: the extra `bench`.
 """
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import sys
@@ -44,6 +46,7 @@ class Starts(NamedTuple):
     next_obs: Tensor  # [N, n]
     terminated: Tensor  # [N]
     rows: np.ndarray  # [N, width]
+    episode: Tensor  # [N] the number of the episode each is from
 
 
 class LearnedEnsemble:
@@ -100,6 +103,8 @@ def load_run(run_dir: Path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # damaged files raise many types
             raise ValueError(f"{path}: must be a readable checkpoint") from None
+        if not (isinstance(state, dict) and {"step", "agent"} <= state.keys()):
+            raise ValueError(f"{path}: must be a checkpoint of this project")
         states[state["step"]] = state["agent"]
     if not states:
         raise ValueError(f"{run_dir}: must hold at least one checkpoint")
@@ -107,16 +112,19 @@ def load_run(run_dir: Path):
 
 
 def collect(oracle, agent, args, simulator, env, number: int, rng: np.random.Generator) -> Starts:
-    """`number` transitions drawn from 4 x number steps of the stochastic policy, whole episodes."""
-    log, obs = [], env.reset(seed=args.seed + 1000)[0].astype(np.float32)
-    for _ in range(4 * number):
+    """`number` transitions of the stochastic policy, from at least 20 whole episodes and 2 x number steps."""
+    log, episode, obs = [], 0, env.reset(seed=args.seed + 1000)[0].astype(np.float32)
+    while episode < 20 or len(log) < 2 * number:
         action = agent.act(obs)
         next_obs, reward, terminated, truncated = oracle.take_step(env, action, 0)
-        log.append((obs, action, reward, next_obs, terminated, simulator.row(env.unwrapped)))
-        obs = env.reset()[0].astype(np.float32) if terminated or truncated else next_obs
+        log.append((obs, action, reward, next_obs, terminated, simulator.row(env.unwrapped), episode))
+        obs = next_obs
+        if terminated or truncated:
+            episode, obs = episode + 1, env.reset()[0].astype(np.float32)
     chosen = rng.choice(len(log), number, replace=False)
-    *columns, rows = (np.array([log[i][c] for i in chosen]) for c in range(6))
-    return Starts(*(torch.tensor(column, dtype=torch.float32) for column in columns), rows)
+    *columns, rows, episodes = (np.array([log[i][c] for i in chosen]) for c in range(7))
+    columns = (torch.tensor(column, dtype=torch.float32) for column in columns)
+    return Starts(*columns, rows, torch.tensor(episodes))
 
 
 def sample(module, agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +161,8 @@ def soft_returns(module, agent, simulator, starts: Starts, repeats: int, gamma: 
     """Monte-Carlo targets [repeats, N]: policy and simulator until γ^k < 0.01, and there the critic."""
     length = 0 if gamma == 0 else math.ceil(math.log(0.01) / math.log(min(gamma, 0.9999)))
     tensors = (x.repeat(repeats, *[1] * (x.dim() - 1)) for x in starts[:5])
-    many, alpha = Starts(*tensors, np.tile(starts.rows, (repeats, 1))), agent.log_alpha.exp()
+    rows = np.tile(starts.rows, (repeats, 1))
+    many, alpha = Starts(*tensors, rows, starts.episode.repeat(repeats)), agent.log_alpha.exp()
     model, obs = TrueSimulator(simulator), many.next_obs
     model.start(obs, many.rows, many.terminated)
     total, weight = many.reward.clone(), gamma * (1 - many.terminated)
@@ -174,12 +183,17 @@ def critic_gradient(module, agent, starts: Starts, target: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.critic.parameters()))])
 
 
-def statistics(error: Tensor, noise: float = 0.0) -> dict[str, float]:
-    """Bias, its standard error, variance and mean square of errors [N]; `noise` is variance to take out."""
-    spread = error.var().item()
-    bias, square = error.mean().item(), error.square().mean().item()
-    se = math.sqrt(spread / len(error))
-    return {"bias": bias, "bias_se": se, "variance": spread - noise, "mse": square - noise}
+def statistics(error: Tensor, episode: Tensor, noise: float = 0.0) -> dict[str, float]:
+    """Bias, its standard error, variance and mean square of errors [N]; `noise` is variance to take out.
+
+    The standard error is that of whole episodes [N], whose steps are not independent of one another.
+    """
+    bias, square, groups = error.mean(), error.square().mean().item(), int(episode.max()) + 1
+    sums = torch.zeros(groups).index_add_(0, episode, error - bias)
+    seen = len(episode.unique())
+    se = math.sqrt(sums.square().sum().item() * seen / max(seen - 1, 1)) / len(error)
+    bias = {"bias": bias.item(), "bias_se": se}
+    return bias | {"variance": error.var().item() - noise, "mse": square - noise}
 
 
 def compare(module, agent, learned, simulator, starts: Starts, horizon: int, repeats: int, gamma: float):
@@ -201,11 +215,11 @@ def compare(module, agent, learned, simulator, starts: Starts, horizon: int, rep
             extra = {"cosine": torch.cosine_similarity(*gradients, dim=0).item()}
             if len(gap):  # some rows live in both
                 extra["state_error"] = gap.mean().sqrt().item()
-            error = statistics(model_targets[h] - true_targets[h])
+            error = statistics(model_targets[h] - true_targets[h], starts.episode)
             rows.append({"h": h, "error_of": "model - simulator"} | error | extra)
-            error = statistics(model_targets[h] - reference, left)
+            error = statistics(model_targets[h] - reference, starts.episode, left)
             rows.append({"h": h, "error_of": "model - returns"} | error)
-        error = statistics(true_targets[h] - reference, left)
+        error = statistics(true_targets[h] - reference, starts.episode, left)
         rows.append({"h": h, "error_of": "simulator - returns"} | error)
         if h < horizon:
             alive = alive * (1 - true.done[h]) * ((1 - model.done[h]) if learned is not None else 1)
@@ -220,8 +234,11 @@ def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int
     module, args, states = load_run(run_dir)
     oracle = load("sac_ove")
     torch.set_num_threads(threads)
-    env = oracle.make_env(args.env_id)
-    simulator = oracle.Simulator(args.env_id, env, threads)
+    try:
+        env = oracle.make_env(args.env_id)
+        simulator = oracle.Simulator(args.env_id, env, threads)
+    except oracle.BadInput as error:
+        raise ValueError(str(error).replace(" (--horizon 0 needs none)", "")) from error
     dims, table = (env.observation_space.shape[0], env.action_space.shape[0]), []
     for step, state in states.items():
         torch.manual_seed(args.seed)
@@ -282,7 +299,6 @@ def plot(table: list[dict], title: str, out: Path) -> None:
     panels[0].axhline(0, color="black", lw=0.8)
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}, checkpoint of step {last}", fontsize=11)
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
 
 
@@ -303,13 +319,23 @@ def main() -> int:
             value = getattr(args, name)
             if value < least:
                 raise ValueError(f"--{name} {value}: must be at least {least}")
+        for name in ("csv", "figure"):
+            if path := getattr(args, name):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    open(path, "ab").close()
+                except OSError as error:
+                    raise ValueError(
+                        f"--{name} {path}: must be a file that can be written: {error}"
+                    ) from error
+        if args.figure and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError(f"--figure {args.figure}: must be left out without matplotlib (extra bench)")
         env_id, table = measure(args.run, args.horizon, args.starts, args.returns, args.threads)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(show(table))
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()

@@ -33,7 +33,7 @@ def blocks(source: str) -> dict[str, tuple[int, int]]:
                 for method in node.body:
                     if isinstance(method, ast.FunctionDef):
                         add(f"Agent.{method.name}", method)
-        elif isinstance(node, ast.Assign):
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             add(node.targets[0].id, node)
     return found
 

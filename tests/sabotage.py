@@ -77,7 +77,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("oracle: actions not scaled", "np.clip(self.copy.func(action), bounds", "np.clip(action, bounds", ORACLE),
     ("oracle: lagged places not put back", "array[...] = row[at", "_ = row[at", ORACLE),
     ("oracle: states not restored", 'self.states[: self.size] = state["states"]', "pass", RESUME),
-    ("retrace: beyond the episode", ".view_as(q) * linked[1:]", ".view_as(q)", RETRACE),
+    ("retrace: beyond the episode", ".view_as(trace) * linked[1:]", ".view_as(trace)", RETRACE),
     ("retrace: across the ring's seam", "(age + k < buffer.size) & ", "", RETRACE),
     ("retrace: ratio not capped", "ratio.clamp_max(1)", "ratio", RETRACE),
     ("retrace: no correction", "trace[k] * (target - q[k])", "trace[k] * target", RETRACE),

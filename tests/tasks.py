@@ -102,6 +102,19 @@ class Counter(LQR):
         return obs, float(self.count), *rest
 
 
+class Goal(LQR):
+    """The reward knows a goal, drawn at each reset, that the simulator's state does not."""
+
+    def reset(self, **options):
+        result = super().reset(**options)
+        self.goal = self.np_random.uniform(-2, 2)
+        return result
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, -abs(float(self.state[0]) - self.goal), *rest
+
+
 class Noisy(LQR):
     """Observations carry noise of the task's own generator."""
 
@@ -189,8 +202,8 @@ class MatrixAction(LQR):
 
 
 for task in (
-    LQR, Cliff, Ends, Counter, Noisy, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan, Huge,
-    DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
+    LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan,
+    Huge, DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)
 gym.register("LastStep-v0", entry_point=LastStep, max_episode_steps=5)

@@ -58,7 +58,8 @@ def lqr_starts(number: int):
         task.state = value.item()
         rows.append(simulator.row(task))
     reward = -(Q * obs**2 + RHO * action**2)[:, 0]
-    starts = errors.Starts(obs, (action - 1) / 2, reward, next_obs, torch.zeros(number), np.array(rows))
+    tensors = (obs, (action - 1) / 2, reward, next_obs, torch.zeros(number))
+    starts = errors.Starts(*tensors, np.array(rows), torch.arange(number))
     return simulator, starts
 
 
@@ -70,12 +71,12 @@ class Shifted(errors.TrueSimulator):
         return obs, reward + 0.3, done
 
 
-def table(bias: float, learned, horizon: int = 4):
+def table(bias: float, learned, horizon: int = 4, number: int = 64, std: float = 1e-6, repeats: int = 2):
     torch.manual_seed(0)
-    simulator, starts = lqr_starts(64)
+    simulator, starts = lqr_starts(number)
     model = None if learned is None else learned(simulator)
     with torch.no_grad():
-        rows = errors.compare(ove, LinearAgent(bias), model, simulator, starts, horizon, 2, GAMMA)
+        rows = errors.compare(ove, LinearAgent(bias, std), model, simulator, starts, horizon, repeats, GAMMA)
     return {(row["error_of"], row["h"]): row for row in rows}
 
 
@@ -105,6 +106,26 @@ def test_error_of_the_model_adds_up():
         row = rows["model - simulator", h]
         assert row["bias"] == pytest.approx(0.3 * sum(GAMMA ** (t + 1) for t in range(h)), abs=1e-4)
         assert row["state_error"] == 0
+
+
+def test_noise_of_the_returns_is_taken_out():
+    """A noisy policy: the variance found does not depend on how many returns the reference is made of."""
+    few, many = (table(0.0, None, 0, 400, 0.1, repeats)["simulator - returns", 0] for repeats in (2, 12))
+    simulator, starts = lqr_starts(400)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        agent = LinearAgent(0.0, 0.1)
+        noise = errors.soft_returns(ove, agent, simulator, starts, 4, GAMMA).var(0).mean().item()
+    assert noise > 0.001
+    left_in = noise * (1 / 2 - 1 / 12)  # by how much they would differ if it were not taken out
+    for name in ("variance", "mse"):
+        assert abs(few[name] - many[name]) < left_in / 2
+
+
+def test_statistics_by_hand():
+    """Errors 1, 3 in one episode and 5, 7 in another: mean 4; episode sums ∓4 -> se = √(32 · 2 / 1) / 4 = 2."""
+    found = errors.statistics(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([2, 2, 5, 5]), 0.5)
+    assert found == pytest.approx({"bias": 4, "bias_se": 2, "variance": 20 / 3 - 0.5, "mse": 21 - 0.5})
 
 
 @pytest.mark.parametrize(("algo", "horizon"), [("sac_mve", 2), ("sac_mve", 0), ("sac_ove", 2)])
@@ -137,6 +158,13 @@ def test_target_error_mistakes(tmp_path):
         assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_target_error_writes_where_it_can_or_not_at_all(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    done = experiment("target_error", run("sac_mve", tmp_path), "--csv", tmp_path / "file" / "errors.csv")
+    assert done.returncode == 2 and "must be a file that can be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def write_runs(folder, values: dict) -> None:
     """Exported evaluations: {(algo, settings): {seed: returns at steps 0, 10, 20}}."""
     for (algo, settings), runs in values.items():
@@ -162,6 +190,34 @@ def test_areas_and_paired_differences(tmp_path):
     assert study.paired(areas, [(1, ("sac_ove", 30)), (-1, ("sac_ove", 0))]) == []
 
 
+def test_settings_beside_the_horizon(tmp_path):
+    write_runs(tmp_path, {
+        ("sac", "gamma-0.95"): {1: (0, 2, 2)},
+        ("sac_ove", "horizon-5__gamma-0.95"): {1: (0, 4, 4)},
+        ("sac_ove", "horizon-5"): {1: (0, 8, 8)},
+    })  # fmt: skip
+    assert study.read_areas(tmp_path)[1] == {("sac_ove", 5): {"1": 8}}
+    areas = study.read_areas(tmp_path, "gamma 0.95")[1]
+    assert areas == {("sac_ove", 0): {"1": 2}, ("sac_ove", 5): {"1": 4}}
+    with pytest.raises(ValueError, match=r"gamma 0\.95"):
+        study.read_areas(tmp_path, "gamma 0.9")
+
+
+@pytest.mark.parametrize("rows", [(), (1,)])
+def test_runs_without_evaluations(rows, tmp_path):
+    write_runs(tmp_path, {("sac_ove", "horizon-1"): {1: rows}})
+    with pytest.raises(ValueError, match="must have an evaluation after step 0"):
+        study.read_areas(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "expected"),
+    [(3, 2, "above zero"), (-3, 2, "below zero"), (1, 3, "no difference beyond ε"), (1, 5, "undecided")],
+)
+def test_verdicts(mean, half, expected):
+    assert study.verdict(mean, half, 4.0) == expected
+
+
 @needs("scipy")
 def test_interval_and_report(tmp_path):
     """Student's t with two degrees of freedom: 2 ± 4.3027 / √3; a verdict only where zero is outside."""
@@ -174,7 +230,7 @@ def test_interval_and_report(tmp_path):
     })  # fmt: skip
     text = study.report(study.read_areas(tmp_path)[1])
     assert "| R1: a perfect model helps | OVE(1) − OVE(0) | 100 ± 0 | above zero |" in text
-    assert "| OVE(1) − MVE(1) | 2 ± " in text and "| undecided |" in text
+    assert "| OVE(1) − MVE(1) | 2 ± " in text and "| undecided |" in text and "ε = 5" in text
 
 
 @needs("matplotlib")
@@ -189,6 +245,7 @@ def test_horizon_study_plans_runs_and_skips(tmp_path):
     flags = ["run", "--runs-dir", tmp_path, "--seeds", "1", "--horizons", "0,1", "--methods", "sac_ove"]
     flags += ["--env-id", "InvertedPendulum-v5", "--workers", 2, "--", "--total-timesteps", 150]
     flags += ["--learning-starts", 60, "--batch-size", 16, "--hidden", 16, "--eval-episodes", 1]
+    flags += ["--num-particles", 2]  # means nothing to sac.py
     first, second = experiment("horizon_study", *flags), experiment("horizon_study", *flags)
     assert first.returncode == second.returncode == 0, first.stderr
     assert "2 runs, 2 complete, 0 failed" in first.stdout and "2 runs, 2 finished" in second.stdout
@@ -201,6 +258,7 @@ def test_horizon_study_plans_runs_and_skips(tmp_path):
     [
         (["run", "--methods", "sac"], "--methods sac: must be of sac_mve, sac_ove, sac_retrace"),
         (["run", "--horizons", "1,-2"], "--horizons -2: must be natural numbers"),
+        (["run", "--seeds", ","], "--seeds: must not be empty"),
         (["run", "--workers", 0], "--workers 0: must be at least 1"),
         (["plot", "no/such/folder"], "no/such/folder: must hold <algorithm>/horizon-<H>/<seed>.csv"),
     ],
@@ -215,4 +273,10 @@ def test_oracle_speed_prints_a_ratio():
     assert done.returncode == 0, done.stderr
     name, threads, bare, query, ratio = done.stdout.splitlines()[1].split()
     assert (name, threads) == ("Hopper-v5", "1") and float(bare) > 0 and float(query) > 0 and float(ratio) > 0
-    assert experiment("oracle_speed", "--batch", 0).returncode == 2
+    for flags, expected in (
+        (["--batch", 0], "--batch 0: must be at least 1"),
+        (["--env-ids", "Pendulum-v1"], "must be a task that holds MuJoCo's model"),
+        (["--env-ids", "HumanoidStandup-v5"], "must be tasks with batched formulas"),
+    ):
+        done = experiment("oracle_speed", *flags)
+        assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1

@@ -210,9 +210,19 @@ def test_wrapped_task_is_stepped_as_a_whole():
     assert_exact(simulator, *steps)
 
 
+def test_wrapper_of_a_well_known_class_is_not_taken_for_ours():
+    entry = lambda: gym.wrappers.TransformAction(gym.make("HalfCheetah-v5").unwrapped, lambda a: a / 2, None)  # noqa: E731
+    gym.register("HalfForce-v5", entry, max_episode_steps=1000)
+    simulator, *steps = recording("HalfForce-v5", 100)
+    gym.registry.pop("HalfForce-v5")
+    assert simulator.task is None
+    assert_exact(simulator, *steps)
+
+
 MISTAKES = {
-    "Pendulum-v1": "--env-id Pendulum-v1: must be a task that holds a MuJoCo model (--horizon 0 needs none)",
+    "Pendulum-v1": "--env-id Pendulum-v1: must be a task that holds MuJoCo's model and data (--horizon 0",
     "tests.tasks:Counter-v0": "must be a task whose reward follows from simulator state and action",
+    "tests.tasks:Goal-v0": "must be a task whose reward follows from simulator state and action",
     "tests.tasks:Noisy-v0": "must be a task whose observation follows from simulator state and action",
 }
 
@@ -231,19 +241,17 @@ def test_unlogged_comparison(tmp_path, capsys, monkeypatch):
     assert "--diagnose-every 30: must be a multiple of --log-every 20" in error
 
 
-def test_states_larger_than_memory(capsys, monkeypatch):
+def test_states_larger_than_memory(monkeypatch):
     """The states are counted beside the transitions."""
     env = ove.make_env("HalfCheetah-v5")
     simulator, row_bytes = ove.Simulator("HalfCheetah-v5", env, 1), 2 * 4 * (2 * 17 + 6 + 2 + 1)
-    monkeypatch.setattr(
-        ove, "available_memory", lambda device: 1000 * (row_bytes + 2 * 8 * simulator.width) / 0.9
-    )
-    for rows, fits in ((990, True), (1100, False)):
-        if fits:
-            ove.SimulatorReplay(rows, 17, 6, torch.device("cpu"), simulator)
-        else:
-            with pytest.raises(ove.BadInput, match="--buffer-size 1100: must be at most"):
-                ove.SimulatorReplay(rows, 17, 6, torch.device("cpu"), simulator)
+    room = 1000.5 * (row_bytes + 2 * 8 * simulator.width) / 0.9
+    monkeypatch.setattr(ove, "available_memory", lambda device: room)
+    buffer = ove.SimulatorReplay(1000, 17, 6, torch.device("cpu"), simulator)
+    stored = buffer.rows.nbytes + buffer.episode.nbytes + buffer.states.nbytes
+    assert 2 * stored == 1000 * (row_bytes + 2 * 8 * simulator.width)
+    with pytest.raises(ove.BadInput, match="--buffer-size 1001: must be at most 1000 in the memory"):
+        ove.SimulatorReplay(1001, 17, 6, torch.device("cpu"), simulator)
 
 
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "tests.tasks:Cliff-v0"])
@@ -339,3 +347,30 @@ def test_ended_rows_stand_still(monkeypatch):
     assert (rollout.reward[0] == 0).tolist() == [False, True, False, False]
     assert not torch.stack(rollout.reward[1:]).any()
     assert torch.equal(rollout.obs[1], rollout.obs[3])
+
+
+def test_each_row_starts_from_its_own_transition():
+    """The first simulated observation is one step from the state stored in that place of the replay."""
+    agent = ove.Agent(
+        ove.parse(tiny("sac_ove", "--env-id", "Hopper-v5", "--horizon", 2)), 11, 3, torch.device("cpu")
+    )
+    env = ove.make_env("Hopper-v5")
+    buffer, obs = agent.make_buffer(40, env), env.reset(seed=0)[0]
+    for _ in range(40):
+        action = agent.act(obs.astype(np.float32))
+        next_obs, reward, terminated, _, _ = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated, 0)
+        obs = env.reset()[0] if terminated else next_obs
+    at = torch.tensor([3, 17, 3, 30])
+    rollout = agent.simulate(buffer[at].next_obs, torch.zeros(4), buffer, at)
+    for i, place in enumerate(at):
+        row, action = buffer.states[place].numpy(), rollout.action[0][i].numpy()
+        assert np.allclose(row[2 : simulator_positions(buffer)], buffer[at].next_obs[i, :5].numpy())
+        _, expected, reward, _ = buffer.simulator.step(row[None], action[None])
+        assert torch.equal(rollout.obs[1][i], torch.tensor(expected[0], dtype=torch.float32))
+        assert rollout.reward[0][i] == torch.tensor(reward[0], dtype=torch.float32)
+
+
+def simulator_positions(buffer) -> int:
+    """Where the positions end in a row that begins with the time."""
+    return 1 + buffer.simulator.model.nq

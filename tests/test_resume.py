@@ -185,6 +185,15 @@ def test_stopped_before_the_first_checkpoint(algo, tmp_path, monkeypatch):
     assert_same_end(run(algo, tmp_path / "b", "--checkpoint-every", 300), folder)
 
 
+def test_stopped_during_the_first_evaluation(algo, tmp_path, monkeypatch):
+    """Nothing has been learned yet: nothing is left on disk."""
+    module = load(algo)
+    monkeypatch.setattr(module, "SIGNALS", [signal.SIGINT])
+    with pytest.raises(SystemExit, match="130"):
+        module.train(module.parse(tiny(algo, "--runs-dir", tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_resume_is_exact_on_a_gpu(algo, tmp_path):
     """The same extension as above with everything on the device."""

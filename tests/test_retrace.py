@@ -72,15 +72,29 @@ def test_one_episode_longer_than_the_ring():
 
 @pytest.mark.parametrize("mean", [0.3, 6.0])
 def test_log_prob_of_recorded_actions(mean):
-    """The density that sampling reports, as far as float32 can undo tanh; the same policy gives ratio 1."""
+    """The density that sampling reports, as far as float32 can undo tanh."""
     agent, obs = make_agent(), torch.randn(500, 1)
-    torch.nn.init.constant_(agent.actor.layers[2].bias, mean)
+    agent.actor.layers[2].bias.data[:1] = mean
     action, log_prob = agent.actor.sample(obs)
-    found = agent.log_prob(obs, action)
+    found, inside = agent.log_prob(obs, action), action.squeeze(1).abs() < 0.99
     assert torch.isfinite(found).all()
-    inside = action.squeeze(1).abs() < 0.99
     assert torch.allclose(found[inside], log_prob[inside].detach(), atol=1e-3)
-    assert torch.equal(found, agent.log_prob(obs, action))
+    assert (mean == 6.0) == ((~inside).float().mean() > 0.9)
+
+
+def test_unchanged_policy_is_trusted_even_where_actions_saturate(monkeypatch):
+    """Stored and replayed by the same weights: c = 1 at actions of exactly ±1 too."""
+    agent = make_agent("--horizon", 2, "--learning-starts", 16)
+    agent.actor.layers[2].bias.data[:1] = 12.0
+    buffer, obs = ret.BehaviourReplay(60, 1, 1, torch.device("cpu"), agent), np.zeros(1, np.float32)
+    for i in range(60):
+        obs = np.float32([np.sin(i)])
+        buffer.add(obs, agent.act(obs), 0.0, np.float32([np.sin(i + 1)]), False, 0)
+    assert (buffer.rows[:, 1] == 1).any()
+    buffer.sample = lambda batch_size: torch.arange(20, 50)
+    calls = recorded(monkeypatch, ret, "retrace")
+    agent.update(buffer, 61)
+    assert torch.allclose(calls[0][5], torch.ones(2, 30), atol=1e-4)
 
 
 def test_densities_are_those_of_the_policy_that_acted(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_noise_of_the_returns_is_taken_out():
 
 
 def test_statistics_by_hand():
-    """Errors 1, 3 in one episode and 5, 7 in another: mean 4; episode sums ∓4 -> se = √(32 · 2 / 1) / 4 = 2."""
+    """Errors 1, 3 in one episode, 5, 7 in another: mean 4; episode sums ∓4 -> se = √(32 · 2 / 1) / 4 = 2."""
     found = errors.statistics(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([2, 2, 5, 5]), 0.5)
     assert found == pytest.approx({"bias": 4, "bias_se": 2, "variance": 20 / 3 - 0.5, "mse": 21 - 0.5})
 

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("OSMesa"):
     os.environ["MUJOCO_GL"] = "osmesa"  # so that the video tests run where there is no display
+
+# Event files of one second and process are read in the order of their names, which end in a counter: without
+# leading zeros the tenth comes before the ninth. Separate processes, as users run, differ in the second.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(100_000)
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))

@@ -193,14 +193,6 @@ def filled_like(agent):
     return buffer
 
 
-def test_target_carries_no_gradient(monkeypatch):
-    agent = make_agent()
-    calls = recorded(monkeypatch, ret, "twin_loss")
-    agent.update(filled_like(agent), 61)
-    q, target = calls[0]
-    assert q.requires_grad and not target.requires_grad
-
-
 def test_value_of_the_policy():
     """The exact critic at the policy's own action is −P s²: the closed forms above mean what they say."""
     obs = torch.tensor([[0.7], [-1.2]], dtype=torch.float64)

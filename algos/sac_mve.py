@@ -135,6 +135,11 @@ class Run:
         usable = self.device != "cuda" or torch.cuda.is_available()
         require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
 
+    @classmethod
+    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
+        """Every argument where the command line says nothing; argv matters to files that have presets."""
+        return dataclasses.asdict(cls())
+
 
 @dataclass
 class SAC:
@@ -438,7 +443,7 @@ class Rollout(NamedTuple):
     action: list[Tensor]  # H + 1 of [B, m]
     log_prob: list[Tensor]  # H + 1 of [B]
     reward: list[Tensor]  # H of [B]
-    done: list[Tensor]  # H of [B], 0 or 1
+    done: list[Tensor]  # H of [B], 0 or 1, or the probability of 1
 
 
 def expand(rollout: Rollout, horizon: int, next_q: Tensor, alpha: Tensor, gamma: float) -> Tensor:
@@ -936,7 +941,7 @@ def parse(argv: list[str] | None = None) -> "Args":
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", nargs="?")
-    resume, defaults = peek.parse_known_args(argv)[0].resume, dataclasses.asdict(Args())
+    resume, defaults = peek.parse_known_args(argv)[0].resume, Args.defaults(argv)
     if resume:
         try:
             defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]

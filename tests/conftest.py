@@ -25,7 +25,7 @@ TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-star
 TINY |= {"hidden": 16, "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70}
 TINY |= {"num-threads": 1, "device": "cpu"}
 TINY_MODEL = {"model-hidden": 16, "model-layers": 2, "model-warm-up": 5, "normalize-every": 50}
-TINY_MODEL |= {"diagnose-every": 40}
+TINY_MODEL |= {"diagnose-every": 40, "expansion-starts": 60, "sequence-batch": 16}
 
 
 def load(name: str, path: Path | None = None):

@@ -1,0 +1,1171 @@
+"""Soft actor-critic whose actor looks ahead (SAC-SVG(H)), Amos et al. 2021, arXiv 2008.12775.
+
+The critics are sac.py's. The actor no longer climbs Q(s, π(s)) but the value of H steps that a learned model
+takes with it: one deterministic recurrent network f, differentiated through states, memory and actions.
+
+    x̂_0 = s,  â_t ~ π(·|x̂_t),  (x̂_{t+1}, h_{t+1}) = f(x̂_t, â_t, h_t),  h_0 = 0                  (3a)
+    V = Σ_{t<H} γ^t (m_t r̂_t − α log π_t) + γ^H (m_H min_i Q_i(x̂_H, â_H) − α log π_H)            (3b)
+    L_π = −mean V / (H + 1)                                                                      (3c)
+    m_t = Π_{i<t} (1 − d̂_i),   r̂_t and d̂_t predicted from (x̂_t, â_t)                            (3d)
+
+H = 0, and any H before --expansion-starts, is sac.py bit for bit (with --no-normalize): (3b, 3c) are then its
+L_π (3). (1), (2) and (5) are its target, critic loss and slow critics, (4) its temperature loss with a target
+entropy that may move over the T steps of a run:
+
+    H̄(t) = (H̄_first − H̄_final) (1 − t/T)^β + H̄_final                                            (4a)
+
+f learns on recorded sequences that no episode's end interrupts, from its own predictions but without gradient
+through them; x is divided by the running deviation σ. Reward and termination learn on the critics' batches:
+
+    L_f = mean_t ((x̂_{t+1} − x_{t+1}) / σ)²,  x̂_{t+1} = x̂_t + σ dec(GRU(enc(x̂_t, a_t), h_t))     (6)
+    L_r = mean (r̂ − r)²,   L_d = binary cross-entropy of d                                       (7)
+
+--critic-expansion puts the model into the critics' targets instead or as well, as in the paper's ablation:
+tdk regresses them at imagined pairs too (8), one-step replaces the target by r + γ (1 − d) V(s') (9).
+--preset laptop, paper or released; where those two disagree, and what we chose: docs/sac_svg_h.md.
+
+    python algos/sac_svg_h.py --horizon 2 --env-id HalfCheetah-v5 --total-timesteps 30_000
+    python algos/sac_svg_h.py --preset released --env-id HalfCheetah-v5 --total-timesteps 2_000_000
+    python algos/sac_svg_h.py --resume runs/<run>   # goes on where it stopped, in the same bits
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGO = Path(__file__).stem
+CHECKPOINT_FORMAT = 1
+SIGNALS = []  # SIGINT or SIGTERM, once received
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Natural = Annotated[int, (0, 2**31 - 1)]
+Width = Annotated[int, (1, 65_536)]
+Fraction = Annotated[float, (0, 1)]
+Rate = Annotated[float, (0, math.inf)]
+
+
+class BadInput(ValueError):
+    """The user's mistake: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check_ranges(args: object) -> None:
+    """Raise BadInput for the first field outside the range in its annotation, or not finite."""
+    for field in dataclasses.fields(args):
+        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
+        for low, high in limits or [(-math.inf, math.inf)] * isinstance(value, float):
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            allowed = "finite" if low == -math.inf else allowed
+            require(low <= value <= high and math.isfinite(value), field.name, value, allowed)
+
+
+@dataclass
+class Run:
+    """The task, the loop around the agent and what it leaves on disk; the same in every file."""
+
+    env_id: str = "InvertedPendulum-v5"
+    """Gymnasium id; package.module:Name-v0 imports the module that registers it."""
+    seed: Natural = 1
+    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
+    total_timesteps: Count = 10_000
+    """Environment steps, warm-up included."""
+    learning_starts: Count = 1_000
+    """Uniformly random actions before the first update (SAC's authors: 1 000 to 10 000)."""
+    batch_size: Count = 256
+    """Transitions per update (Haarnoja et al. 2018)."""
+    buffer_size: Count = 1_000_000
+    """Replay capacity in transitions (Haarnoja et al. 2018); at most total_timesteps are allocated."""
+    eval_every: Count = 1_000
+    """Steps between evaluations (ours, for short tasks; 5 000 is the custom for runs of a million)."""
+    eval_episodes: Count = 10
+    """Episodes per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)."""
+    log_every: Count = 100
+    """Steps between TensorBoard points; only then are metrics read and checked to be finite (ours)."""
+    checkpoint_every: Count = 5_000
+    """Steps after which the next episode's end writes a checkpoint (ours)."""
+    runs_dir: str = "runs"
+    """Parent of the run folders."""
+    resume: str = ""
+    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    num_threads: Annotated[int, (1, 1024)] = 2
+    """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        warm_up = f"at most --learning-starts {self.learning_starts} (the first batch comes from the warm-up)"
+        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
+        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
+        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
+        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
+        usable = self.device != "cuda" or torch.cuda.is_available()
+        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
+
+    @classmethod
+    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
+        """Every argument where the command line says nothing; argv matters to files that have presets."""
+        return dataclasses.asdict(cls())
+
+
+@dataclass
+class SAC:
+    """Soft actor-critic."""
+
+    gamma: Fraction = 0.99
+    """Discount factor γ (Haarnoja et al. 2018)."""
+    tau: Fraction = 0.005
+    """Polyak step τ of the target critics (Haarnoja et al. 2018)."""
+    actor_lr: Rate = 3e-4
+    """Adam step size of the actor (Haarnoja et al. 2018)."""
+    critic_lr: Rate = 3e-4
+    """Adam step size of the critics (Haarnoja et al. 2018)."""
+    alpha_lr: Rate = 3e-4
+    """Adam step size of log α (Haarnoja et al. 2018)."""
+    init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0
+    """First temperature α (authors' code)."""
+    target_entropy: float | None = None
+    """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
+    hidden: Width = 256
+    """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
+
+
+SIZES = {"batch_size": 512, "actor_lr": 1e-4, "critic_lr": 1e-4, "alpha_lr": 5e-4, "init_alpha": 0.1}
+SIZES |= {"hidden": 512, "model_hidden": 512, "encoder_layers": 2, "gru_layers": 2, "decoder_layers": 2}
+SIZES |= {"sequence_batch": 1024, "dynamics_updates": 4, "expansion_starts": 10_000}
+SIZES |= {"log_std": "tanh", "init": "orthogonal"}
+RELEASED = {"batch_size": 1024, "learning_starts": 1024, "alpha_lr": 1e-4, "hidden_layers": 4}
+RELEASED |= {"decoder_layers": 0, "sequence_batch": 512, "mask": "released", "balance_terminations": True}
+PRESETS = {"laptop": {}, "paper": SIZES, "released": SIZES | RELEASED}  # what differs from the defaults below
+SCHEDULES = {  # task: H and (first entropy, final, β) of the paper's table 4, then of the released files
+    "poplin/Ant-v0": (2, (1, -4, 0.0625), 2, (1, -3, 0.5)),
+    "poplin/Hopper-v0": (2, (1, 1, 1), 2, (1, 0, 32)),
+    "poplin/Swimmer-v0": (2, (-2, -16, 16), 2, (-2, -32, 0.125)),
+    "poplin/Cheetah-v0": (3, (0, -4, 1), 2, (-1, -4, 1)),
+    "poplin/Walker2d-v0": (4, (1, 1, 1), 2, (-2, -16, 0.015625)),
+    "pets/Cheetah-v0": (4, (-2, -4, 0.0625), 2, (0, 0, 1)),
+    "mbpo/Hopper-v0": (2, (0, -1, 0.5), 2, (0, -2, 0.03125)),
+    "mbpo/Walker2d-v0": (2, (-2, -3, 64), 2, (-2, -8, 0.0625)),
+    "mbpo/Ant-v0": (2, (2, -4, 1), 2, (0, -2, 4)),
+    "mbpo/HalfCheetah-v0": (2, (-2, -2, 1), 2, (-2, -3, 1)),
+    "mbpo/Humanoid-v0": (2, (-1, -1, 1), 2, (-2, -2, 1)),
+}
+
+
+@dataclass
+class ActorExpansion:
+    """Policy improvement through a learned model."""
+
+    preset: Literal["laptop", "paper", "released"] = "laptop"
+    """Defaults of all arguments: for two CPU cores, as printed, or of the code that gave the numbers."""
+    schedule: str = "auto"
+    """Task whose published horizon and entropies are the defaults; auto: the task itself, laptop: none."""
+    horizon: Natural = 2
+    """Model steps H of the actor's value; 0 is sac.py (paper: best 2 to 4; its code's option is H + 1)."""
+    actor_expansion: bool = True
+    """Look ahead in the actor's loss; off, only --critic-expansion uses the model (ablation of Figure 4)."""
+    critic_expansion: Literal["none", "tdk", "one-step"] = "none"
+    """Look ahead in the critics' targets, at imagined pairs too or at replayed ones alone (Figure 4)."""
+    expansion_starts: Natural = 2_000
+    """Steps before the actor looks ahead, the model learning already (ours; released: 10 000)."""
+    mask: Literal["exclusive", "released"] = "exclusive"
+    """Survival m_t of (3d); released multiplies every m_t by 1 − d̂_0 once more, an off-by-one."""
+    balance_terminations: bool = False
+    """Weigh the batch's terminations in L_d as much as the rest, which inflates d̂ (released: on)."""
+    final_entropy: float | None = None
+    """H̄ after the last step; --target-entropy is the first, None keeps it constant (published: by task)."""
+    entropy_decay: Rate = 1.0
+    """Exponent β of the entropy's schedule (published: by task)."""
+    normalize: bool = True
+    """Networks see observations in deviations of all observations so far (released)."""
+    hidden_layers: Annotated[int, (1, 64)] = 2
+    """Hidden layers of actor and critics (paper: 2; released: 4)."""
+    log_std: Literal["clamp", "tanh"] = "clamp"
+    """Bounds of the actor's log σ: clamped to [−20, 2] as in sac.py, or by tanh to [−5, 2] (paper)."""
+    init: Literal["torch", "orthogonal"] = "torch"
+    """Weights of actor, critics, encoder and decoder: PyTorch's, or orthogonal, biases zero (released)."""
+    model_hidden: Width = 200
+    """Units in each layer of dynamics, reward and termination (ours; paper: 512)."""
+    encoder_layers: Natural = 1
+    """Hidden layers before the GRU (ours; paper: 2)."""
+    gru_layers: Annotated[int, (1, 64)] = 1
+    """GRU layers (ours; paper: 2)."""
+    decoder_layers: Natural = 0
+    """Hidden layers after the GRU (released: 0; paper: 2)."""
+    model_lr: Rate = 1e-3
+    """Adam step size of dynamics, reward and termination (Amos et al. 2021)."""
+    sequence_batch: Count = 256
+    """Sequences of H + 1 steps per update of the dynamics (ours; paper: 1 024; released: 512)."""
+    dynamics_updates: Count = 1
+    """Updates of the dynamics per step (ours; paper: 4)."""
+
+
+@dataclass
+class Args(Run, SAC, ActorExpansion):
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        allowed = f"auto, none or one of {', '.join(SCHEDULES)}"
+        require(self.schedule in ("auto", "none", *SCHEDULES), "schedule", self.schedule, allowed)
+        if self.horizon > 0:
+            used = self.actor_expansion or self.critic_expansion != "none"
+            require(used, "horizon", self.horizon, "0 where neither actor nor critic looks ahead")
+            late = self.critic_expansion != "tdk"  # which does not wait
+            before = self.expansion_starts < self.total_timesteps or not late
+            total = f"below --total-timesteps {self.total_timesteps} (nothing would look ahead)"
+            require(before, "expansion_starts", self.expansion_starts, total)
+
+    @classmethod
+    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
+        """The dataclass's defaults, then the preset's that argv names, then the task's schedule."""
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in ("preset", "schedule", "env_id"):
+            peek.add_argument(
+                f"--{name}", f"--{name.replace('_', '-')}", nargs="?", default=getattr(cls, name)
+            )
+        given, _ = peek.parse_known_args(argv)
+        values = dataclasses.asdict(cls()) | PRESETS.get(given.preset, {})
+        task = given.schedule
+        if task == "auto":
+            task = "none" if given.preset == "laptop" else str(given.env_id).rpartition(":")[2]
+        if task in SCHEDULES:
+            names = ("horizon", "target_entropy", "final_entropy", "entropy_decay")
+            horizon, entropies = SCHEDULES[task][2 * (given.preset == "released") :][:2]
+            values |= zip(names, (horizon, *map(float, entropies)), strict=True)
+        return values
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
+
+    Each member starts like nn.Linear: U(±1/√inputs).
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """With `frozen` the weights are constants: the gradient flows to x alone."""
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
+            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
+
+
+class Critic(nn.Module):
+    """Twin action values: obs [B, n], action [B, m] -> [2, B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(StackedLinear(2, *size) for size in sizes)
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        x = torch.cat([obs, action], 1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = layer(x, frozen).relu_()
+        return self.layers[-1](x, frozen).squeeze(2)
+
+
+class Actor(nn.Module):
+    """Gaussian squashed by tanh into [−1, 1]; log σ is clamped to [−20, 2] as in the authors' code."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        sizes = [(obs_dim, hidden), (hidden, hidden), (hidden, 2 * action_dim)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> mean and log σ before the squash, each [B, m]."""
+        x = self.layers[1](self.layers[0](obs).relu_()).relu_()
+        mean, log_std = self.layers[2](x).chunk(2, 1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> reparameterised action [B, m] and its log π [B]."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), squashed_log_prob(noise, log_std, u)
+
+
+class Normalizer(nn.Module):
+    """(obs − mean) / deviation of all observations given to `update`, deviations within [0.1, 10]."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("exact_mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return (obs - self.mean) / self.std
+
+    def update(self, obs: np.ndarray) -> None:
+        """Welford's recursion with one observation [n]."""
+        obs = torch.as_tensor(obs, dtype=torch.float64, device=self.mean.device)
+        self.seen += 1
+        delta = obs - self.exact_mean
+        self.exact_mean += delta / self.seen
+        self.squares += delta * (obs - self.exact_mean)
+        self.mean.copy_(self.exact_mean)
+        self.std.copy_((self.squares / (self.seen - 1).clamp_min(1)).sqrt().clamp(0.1, 10))
+
+
+class DeepActor(Actor):
+    """Actor of any depth on normalised observations; log σ clamped, or with `bounded` in [−5, 2] by tanh."""
+
+    def __init__(self, normalizer: Normalizer, sizes: list[int], bounded: bool):
+        nn.Module.__init__(self)
+        self.normalizer, self.bounded = normalizer, bounded
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in pairwise(sizes))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, n] -> mean and log σ before the squash, each [B, m]."""
+        x = self.normalizer(obs)
+        for layer in self.layers[:-1]:
+            x = layer(x).relu_()
+        mean, log_std = self.layers[-1](x).chunk(2, 1)
+        return mean, 3.5 * (log_std.tanh() + 1) - 5 if self.bounded else log_std.clamp(-20, 2)
+
+
+class DeepCritic(Critic):
+    """Two numbers per (s, a): the twin critics' values, or the reward and the logit of the termination."""
+
+    def __init__(self, normalizer: Normalizer, sizes: list[int]):
+        nn.Module.__init__(self)
+        self.normalizer = normalizer
+        self.layers = nn.ModuleList(StackedLinear(2, *size) for size in pairwise(sizes))
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        return super().forward(self.normalizer(obs), action, frozen)
+
+
+class GRULayer(nn.GRUCell):
+    """nn.GRUCell; without a memory, which is one of zeros, half of its products need not be computed."""
+
+    def forward(self, x: Tensor, memory: Tensor | None) -> Tensor:
+        """x [B, w], memory [B, w] -> next memory [B, w]."""
+        width = self.hidden_size
+        gates, candidate = F.linear(x, self.weight_ih, self.bias_ih).split((2 * width, width), 1)
+        if memory is None:
+            gates, recalled = gates + self.bias_hh[: 2 * width], self.bias_hh[2 * width :]
+        else:
+            recalled = F.linear(memory, self.weight_hh, self.bias_hh)
+            gates, recalled = gates + recalled[:, : 2 * width], recalled[:, 2 * width :]
+        reset, keep = gates.sigmoid().chunk(2, 1)
+        candidate = torch.addcmul(candidate, reset, recalled).tanh()
+        return candidate - keep * candidate if memory is None else torch.lerp(candidate, memory, keep)
+
+
+class Dynamics(nn.Module):
+    """x̂' = x̂ + σ · decoder(GRU(encoder(x̂, a))): one deterministic network, states in the task's units."""
+
+    def __init__(self, normalizer: Normalizer, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.normalizer, width = normalizer, args.model_hidden
+        self.encoder = mlp([obs_dim + action_dim, *[width] * args.encoder_layers, width])
+        self.memory = nn.ModuleList(GRULayer(width, width) for _ in range(args.gru_layers))
+        self.decoder = mlp([width, *[width] * args.decoder_layers, obs_dim])
+
+    def step(
+        self, obs: Tensor, action: Tensor, memory: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """obs [B, n], action [B, m] and the memory so far (None at the start) -> next obs [B, n], memory."""
+        x, kept = self.encoder(torch.cat([self.normalizer(obs), action], 1)), []
+        for layer, before in zip(self.memory, memory or [None] * len(self.memory), strict=True):
+            x = layer(x, before)
+            kept.append(x)
+        return obs + self.normalizer.std * self.decoder(x), kept
+
+
+def mlp(sizes: list[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers = [part for size in pairwise(sizes) for part in (nn.Linear(*size), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def orthogonal(*modules: nn.Module) -> None:
+    """Orthogonal matrices of gain 1 and zero biases, layer by layer and member by member."""
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | StackedLinear):
+                for matrix in layer.weight if isinstance(layer, StackedLinear) else [layer.weight]:
+                    nn.init.orthogonal_(matrix)
+                layer.bias.zero_()
+
+
+@contextlib.contextmanager
+def constant(module: nn.Module):
+    """What is computed inside has no gradient with respect to the module's weights, only through it."""
+    try:
+        module.requires_grad_(False)
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+    """log π of tanh(u) for u = μ + σ·noise, summed over the action's dimensions: [B, m] each -> [B].
+
+    log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)) stays exact where tanh saturates.
+    """
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(1)
+
+
+def soft_target(
+    reward: Tensor, done: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor, gamma: float
+) -> Tensor:
+    """r + γ (1 − d) (q' − α log π'), all [B]: equations 2 and 3 of arXiv 1812.05905."""
+    assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
+    return reward + gamma * (1 - done) * (next_q - alpha * next_log_prob)
+
+
+def twin_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the batch, sum over the critics: q [2, B], target [B] -> scalar."""
+    assert q.shape[1:] == target.shape
+    return (q - target).square().mean(1).sum()
+
+
+def soft_actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """mean (α log π − min_i Q_i): q [2, B], log_prob [B] -> scalar."""
+    assert q.shape[1:] == log_prob.shape
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """−log α · mean (log π + H̄): α falls while the entropy −log π is above H̄. log_prob [B] -> scalar."""
+    return -log_alpha * (log_prob.detach() + target_entropy).mean()
+
+
+def scheduled_entropy(first: float, final: float, decay: float, progress: float) -> float:
+    """(4a): the target entropy after `progress` = t/T in [0, 1] of the run, nats."""
+    return (first - final) * (1 - progress) ** decay + final
+
+
+def survival(done: list[Tensor], released: bool) -> list[Tensor]:
+    """(3d): m_0 .. m_H from the probabilities d̂_0 .. d̂_{H−1} [B]; the released code has 1 − d̂_0 once more."""
+    alive = [1 - done[0] if released else torch.ones_like(done[0])]
+    for probability in done:
+        alive.append(alive[-1] * (1 - probability))
+    return alive
+
+
+def expanded_value(
+    reward: list[Tensor], alive: list[Tensor], log_prob: list[Tensor], q: Tensor, alpha: Tensor, gamma: float
+) -> Tensor:
+    """(3b), summed backwards: H rewards, H + 1 survivals and log π, min_i Q_i at the end, all [B] -> [B]."""
+    assert len(reward) == len(alive) - 1 == len(log_prob) - 1 and q.shape == alive[-1].shape
+    value = alive[-1] * q - alpha * log_prob[-1]
+    for r, m, entropy in zip(reward[::-1], alive[-2::-1], log_prob[-2::-1], strict=True):
+        value = m * r - alpha * entropy + gamma * value
+    return value
+
+
+def tdk_targets(
+    reward: list[Tensor], alive: list[Tensor], log_prob: list[Tensor], q: Tensor, alpha: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """(8): y_k = a_k (ρ_k − γ α a_{k+1} log π_k + γ y_{k+1}), y_K = a_K Q̄, and weights w_k = Π_{i≤k} a_i.
+
+    reward ρ_0 .. ρ_{K−1}, the first observed; alive a_0 .. a_K; log_prob of the next actions; q: all [B].
+    Returns targets and weights of the K pairs, [K, B] each.
+    """
+    assert len(reward) == len(log_prob) == len(alive) - 1 and q.shape == reward[0].shape
+    y, targets = alive[-1] * q, []
+    for r, a, after, entropy in zip(reward[::-1], alive[-2::-1], alive[:0:-1], log_prob[::-1], strict=True):
+        y = a * (r - gamma * alpha * after * entropy + gamma * y)
+        targets.append(y)
+    return torch.stack(targets[::-1]), torch.stack(alive[:-1]).cumprod(0)
+
+
+def weighted_twin_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """(8): weighted squared error, mean over pairs, sum over critics: q [2, K, B], the others [K, B]."""
+    assert q.shape[1:] == target.shape == weight.shape
+    return (weight * (q - target).square()).mean((1, 2)).sum()
+
+
+def termination_loss(logit: Tensor, terminated: Tensor, balanced: bool) -> Tensor:
+    """(7): binary cross-entropy, [B] -> scalar; balanced: n > 0 terminations weigh (B − n) / n each."""
+    assert logit.shape == terminated.shape
+    ended = terminated.sum()
+    weight = torch.where(ended > 0, (len(terminated) - ended) / ended.clamp_min(1), 1) if balanced else None
+    return F.binary_cross_entropy_with_logits(logit, terminated, pos_weight=weight)
+
+
+def sequence_errors(model: Dynamics, obs: Tensor, action: Tensor) -> Tensor:
+    """(6) per step: squared error, in deviations, of x̂_1 .. x̂_H against obs [H + 1, S, n] -> [H, S].
+
+    Each prediction starts from the one before as a number; the gradient through time is the memory's alone.
+    """
+    predicted, memory, errors = obs[0], None, []
+    for actions, target in zip(action[:-1], obs[1:], strict=True):
+        predicted, memory = model.step(predicted.detach(), actions, memory)
+        errors.append(((predicted - target) / model.normalizer.std).square().mean(1))
+    return torch.stack(errors)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
+
+    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)
+        most = int(0.9 * available_memory(device) / row_bytes)
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
+class ObservingReplay(ReplayBuffer):
+    """A replay that shows a normaliser every observation stepped from, whether the ring keeps it or not."""
+
+    def __init__(
+        self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, normalizer: Normalizer
+    ):
+        super().__init__(capacity, obs_dim, action_dim, device)
+        self.normalizer = normalizer
+
+    def add(self, obs, *rest) -> None:
+        self.normalizer.update(obs)
+        super().add(obs, *rest)
+
+
+def windows(buffer: ReplayBuffer, first: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Places [length, B] from `first` [B] on, and whether each holds a step of the episode of `first`."""
+    k = torch.arange(length, device=first.device)[:, None]
+    places, age = (first + k) % buffer.size, (first - buffer.added) % buffer.size  # age 0 is the oldest
+    return places, (age + k < buffer.size) & (buffer.episode[places] == buffer.episode[first])
+
+
+def sequences(buffer: ReplayBuffer, length: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """Places [length, wanted] of random windows in which no step ends an episode, and weights [wanted].
+
+    Uniform over all such windows, by rejection among four times as many; should too few be left, the rest
+    weighs 0. Whether the newest transition was cut off by a time limit is known one step later.
+    """
+    places, inside = windows(buffer, buffer.sample(4 * wanted), length + 1)
+    newest = (places[-1] == buffer.added % buffer.size) & (buffer.rows[places[-2], -1] == 0)
+    whole = inside[-1] | (inside[-2] & newest)
+    order = (~whole).to(torch.uint8).argsort(stable=True)[:wanted]
+    return places[:-1, order], whole[order].float()
+
+
+class Rollout(NamedTuple):
+    """H imagined steps for B states; each list holds one tensor per step, the first three also the end's."""
+
+    obs: list[Tensor]  # H + 1 of [B, n]
+    action: list[Tensor]  # H + 1 of [B, m]
+    log_prob: list[Tensor]  # H + 1 of [B]
+    reward: list[Tensor]  # H of [B]
+    done: list[Tensor]  # H of [B], 0 or 1, or the probability of 1
+
+
+class Agent:
+    """Soft actor-critic whose actor climbs the value of H steps through a learned model."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.device = args, device
+        self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
+        normalizer, hidden = Normalizer(obs_dim), [args.hidden] * args.hidden_layers
+        sizes = [obs_dim + action_dim, *hidden, 1]
+        self.actor = DeepActor(normalizer, [obs_dim, *hidden, 2 * action_dim], args.log_std == "tanh").to(
+            device
+        )
+        self.critic = DeepCritic(normalizer, sizes).to(device)
+        self.critic_target = DeepCritic(normalizer, sizes).to(device).requires_grad_(False)
+        if args.init == "orthogonal":
+            orthogonal(self.actor, self.critic)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.log_alpha = torch.tensor(math.log(args.init_alpha), device=device, requires_grad=True)
+        groups = [
+            {"params": list(self.actor.parameters()), "lr": args.actor_lr},
+            {"params": list(self.critic.parameters()), "lr": args.critic_lr},
+            {"params": [self.log_alpha], "lr": args.alpha_lr},
+        ]
+        if args.horizon > 0:
+            self.model = Dynamics(normalizer, obs_dim, action_dim, args).to(device)
+            if args.init == "orthogonal":
+                orthogonal(self.model.encoder, self.model.decoder)
+            self.model_optimizer = optim.Adam(self.model.parameters(), lr=args.model_lr, fused=True)
+            widths = [obs_dim + action_dim, args.model_hidden, args.model_hidden, 1]
+            self.outcome = DeepCritic(normalizer, widths).to(device)
+            groups.append({"params": list(self.outcome.parameters()), "lr": args.model_lr})
+        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for all is faster
+
+    def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
+        """The replay that `train` fills with steps of env; the normaliser sees each first."""
+        sizes = (capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
+        return ObservingReplay(*sizes, self.actor.normalizer) if self.args.normalize else ReplayBuffer(*sizes)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
+        mean, log_std = self.actor(torch.as_tensor(obs, device=self.device)[None])
+        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        return u.tanh()[0].cpu().numpy()
+
+    def unroll(self, obs: Tensor) -> Rollout:
+        """(3a): H steps of policy and model from obs [B, n]; differentiable, the model's weights constant."""
+        action, log_prob = self.actor.sample(obs)
+        rollout, memory = Rollout([obs], [action], [log_prob], [], []), None
+        with constant(self.model):
+            for _ in range(self.args.horizon):
+                reward, logit = self.outcome(obs, action, frozen=True)
+                rollout.reward.append(reward)
+                rollout.done.append(logit.sigmoid())
+                obs, memory = self.model.step(obs, action, memory)
+                action, log_prob = self.actor.sample(obs)
+                for values, value in zip(rollout[:3], (obs, action, log_prob), strict=True):
+                    values.append(value)
+        return rollout
+
+    def look_ahead(self, rollout: Rollout, critic: DeepCritic, alpha: Tensor) -> Tensor:
+        """(3b, 3d): the value V [B] of the rollout's first observations."""
+        q = critic(rollout.obs[-1], rollout.action[-1], frozen=True).amin(0)
+        alive = survival(rollout.done, self.args.mask == "released")
+        return expanded_value(rollout.reward, alive, rollout.log_prob, q, alpha, self.args.gamma)
+
+    def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """One gradient step of the agent after those of the dynamics. Metrics stay tensors."""
+        args, horizon = self.args, self.args.horizon
+        metrics = self.fit_dynamics(buffer) if horizon > 0 else {}
+        batch = buffer[buffer.sample(args.batch_size)]
+        alpha, gamma, tau = self.log_alpha.detach().exp(), args.gamma, args.tau
+        looks = horizon > 0 and step > args.expansion_starts
+        if horizon > 0 and args.critic_expansion == "tdk":
+            critic_loss, q = self.tdk_loss(batch, alpha)  # (8)
+        else:
+            with torch.no_grad():
+                if looks and args.critic_expansion == "one-step":
+                    next_value = self.look_ahead(self.unroll(batch.next_obs), self.critic_target, alpha)
+                    target = batch.reward + gamma * (1 - batch.terminated) * next_value  # (9)
+                else:
+                    next_action, next_log_prob = self.actor.sample(batch.next_obs)
+                    next_q = self.critic_target(batch.next_obs, next_action).amin(0)
+                    steps = (batch.reward, batch.terminated, next_q, next_log_prob)
+                    target = soft_target(*steps, alpha, gamma)  # (1)
+            q = self.critic(batch.obs, batch.action)
+            critic_loss = twin_loss(q, target)  # (2)
+
+        if looks and args.actor_expansion:
+            rollout = self.unroll(batch.obs)  # (3a)
+            value, log_prob = self.look_ahead(rollout, self.critic, alpha), rollout.log_prob[0]  # (3b, 3d)
+            actor_loss = -value.mean() / (horizon + 1)  # (3c)
+            metrics["expansion/value"] = value.detach().mean()
+            metrics["expansion/alive"] = (1 - torch.stack(rollout.done).detach()).prod(0).mean()
+        else:
+            action, log_prob = self.actor.sample(batch.obs)
+            actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
+        entropy = self.target_entropy
+        if args.final_entropy is not None:
+            progress = step / args.total_timesteps
+            entropy = scheduled_entropy(entropy, args.final_entropy, args.entropy_decay, progress)  # (4a)
+        alpha_loss = temperature_loss(self.log_alpha, log_prob, entropy)  # (4)
+        loss = critic_loss + actor_loss + alpha_loss
+        if horizon > 0:
+            reward, logit = self.outcome(batch.obs, batch.action)
+            reward_loss = F.mse_loss(reward, batch.reward)  # (7)
+            ended_loss = termination_loss(logit, batch.terminated, args.balance_terminations)  # (7)
+            loss = loss + reward_loss + ended_loss
+            metrics |= {"model/reward_error": reward_loss.detach().sqrt()}
+            metrics |= {"model/termination_loss": ended_loss.detach()}
+
+        self.optimizer.zero_grad()
+        loss.backward()  # no parameter is in two of its terms
+        self.optimizer.step()
+        polyak(self.critic_target, self.critic, tau)  # (5)
+        return metrics | {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/alpha_loss": alpha_loss.detach(),
+            "losses/alpha": alpha,
+            "losses/entropy": -log_prob.detach().mean(),
+        }
+
+    def tdk_loss(self, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """(8): the critics' loss at replayed and imagined pairs, and their values at the former [2, B]."""
+        with torch.no_grad():
+            rollout = self.unroll(batch.next_obs)
+            next_q = self.critic_target(rollout.obs[-1], rollout.action[-1]).amin(0)
+            done = rollout.done
+            if self.args.mask == "released":  # every factor one step late
+                done = [*done[1:], self.outcome(rollout.obs[-1], rollout.action[-1])[1].sigmoid()]
+            alive = [torch.ones_like(next_q), 1 - batch.terminated, *(1 - d for d in done)]
+            rewards = [batch.reward, *rollout.reward]
+            target, weight = tdk_targets(rewards, alive, rollout.log_prob, next_q, alpha, self.args.gamma)
+        obs = torch.cat([batch.obs, *rollout.obs[:-1]])
+        q = self.critic(obs, torch.cat([batch.action, *rollout.action[:-1]])).view(2, *target.shape)
+        return weighted_twin_loss(q, target, weight), q[:, 0]
+
+    def fit_dynamics(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
+        """The gradient steps (6) of the dynamics for this environment step."""
+        args = self.args
+        for _ in range(args.dynamics_updates):
+            places, weight = sequences(buffer, args.horizon + 1, args.sequence_batch)
+            window, stack = buffer[places.flatten()], (*places.shape, -1)
+            errors = sequence_errors(self.model, window.obs.view(stack), window.action.view(stack))
+            errors = (errors * weight).sum(1) / weight.sum().clamp_min(1)
+            self.model_optimizer.zero_grad()
+            errors.mean().backward()  # (6)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.model_optimizer.step()
+        metrics = {f"model/error_{k + 1}": error.detach().sqrt() for k, error in enumerate(errors)}
+        return metrics | {"model/gradient_norm": norm}
+
+    def state_dict(self) -> dict:
+        """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
+        parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
+        return {k: v.detach() if isinstance(v, Tensor) else v.state_dict() for k, v in parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            part = getattr(self, name)
+            part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, TypeError):  # Linux
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
+
+    Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
+    """
+    try:
+        render = {} if video_dir is None else {"render_mode": "rgb_array"}
+        env = gym.make(env_id, disable_env_checker=True, **render)
+        if video_dir is not None:
+            env.reset()
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
+    except Exception as error:  # tasks and renderers fail in many ways
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
+        require(False, "env_id", env_id, f"a task that can be made: {why}")
+    space, box = env.observation_space, env.action_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
+    continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    bounded = continuous and box.is_bounded() and (box.low < box.high).all()
+    require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
+    clip = lambda action: np.clip(action, flat.low, flat.high).reshape(box.shape)  # noqa: E731  rounding overshoots
+    env = gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), clip, flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def finite(step: int, name: str, value) -> np.ndarray:
+    """The task's number or array as float32. Raises BadInput if it is not finite."""
+    with np.errstate(over="ignore"):
+        result = np.asarray(value, np.float32)
+    if not np.isfinite(result).all():
+        raise BadInput(f"step {step}: the task's {name} must be finite in float32, got {value}")
+    return result
+
+
+def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
+    """env.step as float32 and float. Raises RunFailed or BadInput if agent or task is not finite."""
+    if not np.isfinite(action).all():
+        raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
+    obs, reward, terminated, truncated, _ = env.step(action)
+    finite(step, "reward", reward)
+    return finite(step, "observation", obs), float(reward), bool(terminated), bool(truncated)
+
+
+def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
+    """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
+    env, returns, lengths = make_env(args.env_id, video_dir), [], []
+    for episode in range(args.eval_episodes):
+        if SIGNALS:
+            raise SystemExit(128 + SIGNALS[0])
+        obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
+        obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
+        while not done:
+            obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
+            episode_return, length, done = episode_return + reward, length + 1, terminated or truncated
+        returns.append(episode_return)
+        lengths.append(length)
+    env.close()
+    stats = {"return_mean": np.mean(returns), "return_std": np.std(returns), "length_mean": np.mean(lengths)}
+    return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
+
+
+def write_atomically(path: Path, write, keep: Path | None = None) -> None:
+    """write(file), fsync, rename: path holds old bytes or new, `keep` then the old. Raises RunFailed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error}") from error
+
+
+def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows), ""]
+    write_atomically(run_dir / "eval.csv", lambda file: file.write("\n".join(lines).encode()))
+
+
+def write_args(run_dir: Path, args: "Args") -> None:
+    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
+    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version()}
+    for name in ("torch", "numpy", "gymnasium", "mujoco"):
+        with contextlib.suppress(PackageNotFoundError):
+            record[name] = version(name)
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        record["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        record["git_commit"] = None
+    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
+    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]:
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            name = ".".join(str(getattr(key, "key", key)) for key in keys)
+            raise RunFailed(f"step {state['step']}: {name} is not finite")
+    write_atomically(path, lambda file: torch.save(state, file), path.with_suffix(".previous.pt"))
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():  # killed between the two renames of save_checkpoint
+        path = path.with_suffix(".previous.pt")
+    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = (state["algo"], state["format"])
+    except Exception as error:  # damaged files raise many types
+        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
+        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
+    ours = f"a run of {ALGO}, format {CHECKPOINT_FORMAT}"
+    require(
+        found == (ALGO, CHECKPOINT_FORMAT), "resume", run_dir, f"{ours}, not {found[0]}, format {found[1]}"
+    )
+    return state
+
+
+@contextlib.contextmanager
+def staged(run_dir: Path):
+    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
+    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
+    try:
+        try:
+            hidden.mkdir(parents=True)
+        except OSError as error:
+            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
+        yield hidden
+        hidden.rename(run_dir)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in parents:
+                parent.rmdir()
+        raise
+
+
+def train(args: "Args") -> Path:
+    """Start or resume a run and return its folder.
+
+    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
+    """
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    env = make_env(args.env_id)
+    env.reset(seed=args.seed)
+    task_rng = env.unwrapped.np_random.bit_generator
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(args, *dims, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
+    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
+
+    def seconds() -> float:
+        return round(seconds_before + time.perf_counter() - started, 2)
+
+    def evaluate_into(folder: Path) -> None:
+        row = evaluate(agent, args, step, folder / "videos" / f"step-{step}" if args.capture_video else None)
+        rows.append(row | {"seconds": seconds()})
+        write_evaluations(folder, rows)
+        tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")
+
+    def save(path: Path) -> None:
+        """At an episode's end the task's state is its generator alone, so resuming is exact."""
+        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
+        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
+
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = load_checkpoint(run_dir)
+        for name, value in saved["args"].items():
+            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
+            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
+            require(given == value or name == "resume" or longer, name, given, allowed)
+        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
+            print(f"{run_dir} is complete: {args.total_timesteps} steps")
+            return run_dir
+        written_on = "cpu" if saved["cuda_rng"] is None else "cuda"
+        require(written_on == device.type, "device", device.type, f"{written_on} as in {run_dir}")
+        try:
+            agent.load_state_dict(saved["agent"])
+            buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {run_dir}: must fit the task as it is now: {error}") from error
+        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
+        torch.set_rng_state(saved["torch_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        task_rng.state = json.loads(saved["task_rng"])
+        (run_dir / "final.pt").unlink(missing_ok=True)
+        write_args(run_dir, args)
+        write_evaluations(run_dir, rows)
+        print(f"resuming {run_dir} at step {step}")
+        del saved
+    else:
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
+        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
+            evaluate_into(folder)
+            write_args(folder, args)
+            save(folder / "checkpoint.pt")
+
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else 0)
+    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def log(scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
+            writer.add_scalar(name, value, step)
+
+    def log_evaluation() -> None:
+        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
+
+    last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
+    try:
+        if step == 0:
+            log_evaluation()
+        obs = finite(step, "observation", env.reset()[0])
+        while step < args.total_timesteps:
+            if SIGNALS:
+                raise SystemExit(128 + SIGNALS[0])
+            step += 1
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated = take_step(env, action, step)
+            buffer.add(obs, action, reward, next_obs, terminated, episode)
+            obs, episode_return = next_obs, episode_return + reward
+            metrics = {} if warm_up else agent.update(buffer, step)
+            bar.update()
+
+            if step % args.log_every == 0:
+                speed = (step - last_log) / (time.perf_counter() - last_time)
+                log(metrics | {"charts/SPS": speed, "time/seconds": seconds()})
+                last_log, last_time = step, time.perf_counter()
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                before = time.perf_counter()
+                evaluate_into(run_dir)
+                log_evaluation()
+                log({"time/evaluation": time.perf_counter() - before})
+                last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
+            if terminated or truncated:
+                length = step - episode_start
+                log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+                bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
+                episode, episode_return, episode_start = episode + 1, 0.0, step
+                if step - last_save >= args.checkpoint_every and step < args.total_timesteps:
+                    writer.flush()
+                    save(run_dir / "checkpoint.pt")
+                    last_save = step
+                obs = finite(step, "observation", env.reset()[0])
+        writer.flush()
+        save(run_dir / "final.pt")
+    except SystemExit:
+        again = f"python {sys.argv[0]} --resume {run_dir}"
+        bar.close()
+        print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+        writer.close()
+        env.close()
+    print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
+    return run_dir
+
+
+def parse(argv: list[str] | None = None) -> "Args":
+    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
+
+    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume", nargs="?")
+    resume, defaults = peek.parse_known_args(argv)[0].resume, Args.defaults(argv)
+    if resume:
+        try:
+            defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"--resume {resume}: must be a run folder with a readable args.json") from error
+    values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+    groups = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in Args.__bases__]
+    flags, box = dataclasses.make_dataclass("Flags", groups), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+        text = " ".join(line for line in lines if line.strip("-"))
+        text = re.split(" Argument helptext| For full helptext", text)[0]
+        raise BadInput(re.sub(r"^Error parsing \w+: ", "", text)) from None
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def stop_after_this_step(number: int, _: object) -> None:
+    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    os.write(2, b"stopping; once more to kill\n")
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def main() -> None:
+    sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
+        ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_after_this_step)
+    try:
+        train(parse())
+    except (BadInput, RunFailed, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__":
+    main()

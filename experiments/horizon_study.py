@@ -189,7 +189,7 @@ def plot(curves: dict, title: str, out: Path) -> None:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     shown = [f"H = {horizon}" for horizon in horizons]
-    figure.legend([lines[label] for label in shown], shown, loc="outside right upper", frameon=False)
+    figure.legend([lines[label] for label in shown], shown, loc="outside right center", frameon=False)
     figure.set_layout_engine("constrained")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)

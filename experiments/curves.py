@@ -10,7 +10,6 @@ reaches from the lowest to the highest; nothing is smoothed, no seed left out. F
 
 import argparse
 import csv
-import dataclasses
 import itertools
 import json
 import shutil
@@ -44,10 +43,9 @@ def export(runs: Path, target: Path) -> int:
         if (folder / "args.json").exists():
             if not (folder / "final.pt").exists():
                 continue
-            args, defaults = (
-                json.loads((folder / "args.json").read_text())["args"],
-                dataclasses.asdict(load(algo).Args()),
-            )
+            args = json.loads((folder / "args.json").read_text())["args"]
+            presets = [f"--{n}={args[n]}" for n in ("preset", "schedule", "env_id") if n in args]
+            defaults = load(algo).Args.defaults(presets)
             changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
             if "horizon" in args:
                 changed = ["horizon", *(n for n in changed if n != "horizon")]

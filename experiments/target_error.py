@@ -2,10 +2,10 @@
 
     python experiments/target_error.py runs/<run> --horizon 10 --csv error.csv --figure error.png
 
-reads a run of sac_mve.py or sac_ove.py. For each checkpoint in its folder, fresh transitions (s, a, r, s') of
-that checkpoint's policy are expanded for h = 0 .. H steps by the learned model and, with the same action
-noise, by the true simulator; and by soft Monte-Carlo returns, which follow the simulator until γ^k < 0.01
-before the critic has a say. Per checkpoint and h, in units of the return:
+reads a run of sac_mve.py, sac_svg_h.py or sac_ove.py. For each checkpoint in its folder, fresh transitions
+(s, a, r, s') of that checkpoint's policy are expanded for h = 0 .. H steps by the learned model and, with the
+same action noise, by the true simulator; and by soft Monte-Carlo returns, which follow the simulator until
+γ^k < 0.01 before the critic has a say. Per checkpoint and h, in units of the return:
 
     model - simulator     what the model's error does to the target: bias, variance, mean square
     model - returns       the whole error of the target a learned model gives, the critic's share included
@@ -65,6 +65,21 @@ class LearnedEnsemble:
         return self.obs, reward, done.to(reward.dtype)
 
 
+class LearnedRecurrence:
+    """The dynamics of sac_svg_h.py in the same role; terminations are probabilities, as for its actor."""
+
+    def __init__(self, agent):
+        self.agent = agent
+
+    def start(self, obs: Tensor, rows: np.ndarray, ended: Tensor) -> None:
+        self.obs, self.memory = obs, None
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reward, logit = self.agent.outcome(self.obs, action)
+        self.obs, self.memory = self.agent.model.step(self.obs, action, self.memory)
+        return self.obs, reward, logit.sigmoid()
+
+
 class TrueSimulator:
     """The simulator in the same role; rows that have ended stand still."""
 
@@ -83,7 +98,11 @@ class TrueSimulator:
         return tuple(torch.tensor(x, dtype=torch.float32) for x in (self.obs, reward, self.done))
 
 
-MODELS = {"sac_mve": LearnedEnsemble, "sac_ove": None}  # the files this script can read
+MODELS = {
+    "sac_mve": LearnedEnsemble,
+    "sac_svg_h": LearnedRecurrence,
+    "sac_ove": None,
+}  # the files this script can read
 
 
 def load_run(run_dir: Path):
@@ -96,7 +115,7 @@ def load_run(run_dir: Path):
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run_dir}: must be a run folder with a readable args.json") from None
     if algo not in MODELS:
-        raise ValueError(f"{run_dir}: must be a run of {' or '.join(MODELS)}, not {algo}")
+        raise ValueError(f"{run_dir}: must be a run of {', '.join(MODELS)}, not {algo}")
     module, states = load(algo), {}
     for path in sorted(run_dir.glob("*.pt")):
         try:
@@ -135,7 +154,7 @@ def sample(module, agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def roll_out(module, agent, model, starts: Starts, noise: Tensor):
-    """len(noise) − 1 steps of policy and model from the states after `starts`, as the file's Rollout."""
+    """len(noise) − 1 steps of policy and model from the states after `starts`, as the family's Rollout."""
     model.start(starts.next_obs, starts.rows, starts.terminated)
     action, log_prob = sample(module, agent, starts.next_obs, noise[0])
     rollout = module.Rollout([starts.next_obs], [action], [log_prob], [], [])
@@ -147,13 +166,15 @@ def roll_out(module, agent, model, starts: Starts, noise: Tensor):
     return rollout
 
 
-def targets(module, agent, starts: Starts, rollout, gamma: float) -> Tensor:
-    """Targets of every horizon 0 .. H from one rollout, [H + 1, N], by the file's own functions."""
-    alpha, found = agent.log_alpha.exp(), []
+def targets(agent, starts: Starts, rollout, gamma: float) -> Tensor:
+    """Targets of every horizon 0 .. H from one rollout, [H + 1, N], by the functions of sac_mve.py."""
+    from launch import load
+
+    alpha, found, family = agent.log_alpha.exp(), [], sys.modules.get("sac_mve") or load("sac_mve")
     for h, (obs, action) in enumerate(zip(rollout.obs, rollout.action, strict=True)):
-        values = module.expand(rollout, h, agent.critic_target(obs, action).amin(0), alpha, gamma)
+        values = family.expand(rollout, h, agent.critic_target(obs, action).amin(0), alpha, gamma)
         step = (starts.reward, starts.terminated, values[0], rollout.log_prob[0])
-        found.append(module.soft_target(*step, alpha, gamma))
+        found.append(family.soft_target(*step, alpha, gamma))
     return torch.stack(found)
 
 
@@ -200,20 +221,20 @@ def compare(module, agent, learned, simulator, starts: Starts, horizon: int, rep
     """One row of the table per h and kind of error, without the step."""
     noise = torch.randn(horizon + 1, *starts.action.shape)
     true = roll_out(module, agent, TrueSimulator(simulator), starts, noise)
-    true_targets = targets(module, agent, starts, true, gamma)
+    true_targets = targets(agent, starts, true, gamma)
     returns = soft_returns(module, agent, simulator, starts, repeats, gamma)
     reference, left = returns.mean(0), (returns.var(0).mean() / repeats).item()
     if learned is not None:
         model = roll_out(module, agent, learned, starts, noise)
-        model_targets = targets(module, agent, starts, model, gamma)
+        model_targets = targets(agent, starts, model, gamma)
         scale = starts.obs.std(0).clamp_min(1e-6)
     rows, alive = [], 1 - starts.terminated
     for h in range(horizon + 1):
         if learned is not None:
-            gap = ((model.obs[h] - true.obs[h]) / scale).square().mean(1)[alive > 0]
+            gap = ((model.obs[h] - true.obs[h]) / scale).square().mean(1)[alive > 0.5]
             gradients = (critic_gradient(module, agent, starts, t[h]) for t in (model_targets, true_targets))
             extra = {"cosine": torch.cosine_similarity(*gradients, dim=0).item()}
-            if len(gap):  # some rows live in both
+            if len(gap):  # some rows probably live in both
                 extra["state_error"] = gap.mean().sqrt().item()
             error = statistics(model_targets[h] - true_targets[h], starts.episode)
             rows.append({"h": h, "error_of": "model - simulator"} | error | extra)
@@ -306,7 +327,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder of sac_mve.py or sac_ove.py")
+    parser.add_argument("run", type=Path, help="run folder of sac_mve.py, sac_svg_h.py or sac_ove.py")
     parser.add_argument("--horizon", type=int, default=10, help="largest h (default: 10)")
     parser.add_argument("--starts", type=int, default=512, help="transitions per checkpoint (default: 512)")
     parser.add_argument("--returns", type=int, default=4, help="Monte-Carlo returns for each (default: 4)")

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import ROOT, load, run
 from tests.tasks import RHO, A, B, Q
-from tests.test_math import GAMMA, K, exact_critic
+from tests.test_math import GAMMA, K, exact_critic, make_agent
 
 sys.path.insert(0, str(ROOT / "experiments"))
 errors, study = (
@@ -128,7 +128,9 @@ def test_statistics_by_hand():
     assert found == pytest.approx({"bias": 4, "bias_se": 2, "variance": 20 / 3 - 0.5, "mse": 21 - 0.5})
 
 
-@pytest.mark.parametrize(("algo", "horizon"), [("sac_mve", 2), ("sac_mve", 0), ("sac_ove", 2)])
+@pytest.mark.parametrize(
+    ("algo", "horizon"), [("sac_mve", 2), ("sac_mve", 0), ("sac_svg_h", 2), ("sac_ove", 2)]
+)
 def test_target_error_of_a_run(algo, horizon, tmp_path):
     """Every checkpoint, every h; a learned model is compared only where there is one."""
     folder = run(algo, tmp_path / "runs", "--env-id", "InvertedPendulum-v5", "--horizon", horizon)
@@ -140,17 +142,32 @@ def test_target_error_of_a_run(algo, horizon, tmp_path):
     with open(out) as file:
         rows = list(csv.DictReader(file))
     steps = {torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt")}
-    kinds = 3 if (algo, horizon) == ("sac_mve", 2) else 1
+    kinds = 3 if algo != "sac_ove" and horizon else 1
     assert len(rows) == len(steps) * 4 * kinds and {int(row["step"]) for row in rows} == steps
     assert all(np.isfinite(float(row[name])) for row in rows for name in ("bias", "variance", "mse"))
     assert not drawn or (tmp_path / "e.png").stat().st_size > 5000
+
+
+def test_recurrent_model_is_unrolled_as_by_its_own_agent():
+    """The rollout that is measured is the actor's: same states, rewards, probabilities of an end, memory."""
+    svg, (_, starts) = load("sac_svg_h"), lqr_starts(12)
+    agent = make_agent("sac_svg_h", "--horizon", 3)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = agent.unroll(starts.next_obs)
+        torch.manual_seed(3)
+        noise = [torch.randn_like(starts.action) for _ in range(4)]
+        found = errors.roll_out(svg, agent, errors.LearnedRecurrence(agent), starts, torch.stack(noise))
+    for name, values in expected._asdict().items():
+        for a, b in zip(values, getattr(found, name), strict=True):
+            assert torch.allclose(a, b, atol=1e-6), name
 
 
 def test_target_error_mistakes(tmp_path):
     sac = run("sac", tmp_path)
     for flags, expected in (
         ([tmp_path / "nothing"], "must be a run folder with a readable args.json"),
-        ([sac], "must be a run of sac_mve or sac_ove, not sac"),
+        ([sac], "must be a run of sac_mve, sac_svg_h, sac_ove, not sac"),
         ([sac, "--horizon", -1], "--horizon -1: must be at least 0"),
         ([sac, "--returns", 1], "--returns 1: must be at least 2"),
     ):
@@ -280,3 +297,88 @@ def test_oracle_speed_prints_a_ratio():
     ):
         done = experiment("oracle_speed", *flags)
         assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- model_error.py
+
+
+model_error = load("model_error", ROOT / "experiments" / "model_error.py")
+SMALL = ["--horizon", 2, "--episodes", "2,4", "--seeds", "1,2", "--updates", 5, "--threads", 1]
+SMALL += ["--recurrent-hidden", 8, "--ensemble-hidden", 8]
+
+
+def test_windows_stay_inside_episodes():
+    """Rows are (obs, action, next obs): obs counts, the successor of the last step is its own."""
+
+    def episode(first: float, length: int) -> torch.Tensor:
+        obs = first + torch.arange(length)
+        return torch.stack([obs, -obs, obs + 0.5], 1)
+
+    found = model_error.windows([episode(0.0, 4), episode(10.0, 1), episode(20.0, 2)], [1, 1], 2)
+    assert found.obs[:, :, 0].T.tolist() == [[0, 1, 1.5], [1, 2, 2.5], [2, 3, 3.5], [20, 21, 21.5]]
+    assert found.action[:, :, 0].T.tolist() == [[0, -1], [-1, -2], [-2, -3], [-20, -21]]
+    with pytest.raises(ValueError, match="--horizon 9"):
+        model_error.windows([episode(0.0, 4)], [1, 1], 9)
+
+
+def test_splits_share_no_episode():
+    episodes = [torch.tensor([i]) for i in range(11)]
+    test, pool = model_error.split(episodes)
+    assert [e.item() for e in test] == [2, 7] and [e.item() for e in pool] == [0, 1, 3, 4, 5, 6, 8, 9, 10]
+
+
+def test_errors_by_hand():
+    """Predictions that stand still on x = 0, 1, 2: squared errors 1, 4 over the squared deviation 2."""
+    data = model_error.Windows(torch.tensor([0.0, 1.0, 2.0])[:, None, None], torch.zeros(2, 1, 1))
+    still = lambda obs, action: obs.expand(len(action), *obs.shape)  # noqa: E731
+    assert model_error.errors(still, data, torch.tensor([2.0])) == [0.25, 1.0]
+
+
+def test_both_models_learn_a_linear_world():
+    """s' = 0.9 s + 0.5 a: after 300 updates both predict two steps to a few hundredths of a deviation."""
+    from tqdm import tqdm
+
+    torch.manual_seed(0)
+    action = torch.rand(300, 1) * 2 - 1
+    obs = [torch.zeros(1)]
+    for a in action:
+        obs.append(A * obs[-1] + B * a)
+    obs = torch.stack(obs)
+    data = model_error.windows([torch.cat([obs[:-1], action, obs[1:]], 1)], [1, 1], 2)
+    for fit, name in ((model_error.fit_recurrent, "sac_svg_h"), (model_error.fit_ensemble, "sac_mve")):
+        predict = fit(load(name), data, [1, 1], 32, 300, tqdm(disable=True))
+        assert max(model_error.errors(predict, data, obs.std(0))) < 0.01, name
+
+
+def test_model_error_of_a_run_resumes(tmp_path):
+    """Two sizes at once, and one after the other, give the same table; each split has every k."""
+    folder, tables = run("sac", tmp_path, "--env-id", "Pendulum-v1", "--total-timesteps", 1800), []
+    for number, goes in enumerate((["2,4"], ["2", "2,4"])):
+        out = tmp_path / str(number) / "errors.csv"
+        for sizes in goes:
+            done = experiment("model_error", folder, *SMALL, "--episodes", sizes, "--csv", out)
+            assert done.returncode == 0, done.stderr
+        tables.append(out.read_text())
+    assert tables[0] == tables[1]
+    rows = list(csv.DictReader(tables[0].splitlines()))
+    keys = {(row["model"], row["episodes"], row["seed"], row["split"], row["k"]) for row in rows}
+    assert len(keys) == len(rows) == 2 * 2 * 2 * 3 * 2
+    assert "ensemble below recurrent on holdout" in done.stdout
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        done = experiment("model_error", folder, *SMALL, "--csv", out, "--figure", tmp_path / "e.png")
+        assert done.returncode == 0 and (tmp_path / "e.png").stat().st_size > 5000
+
+
+def test_model_error_mistakes(tmp_path):
+    folder = run("sac", tmp_path, "--env-id", "Pendulum-v1", "--total-timesteps", 1800)
+    (tmp_path / "other.csv").write_text("a,b")
+    for flags, expected in (
+        ([tmp_path, "--csv", tmp_path / "e.csv"], "must be a finished run with a readable final.pt"),
+        ([folder, "--csv", tmp_path / "e.csv", "--episodes", "2,99"], "--episodes 2,99: must be from 2 to 7"),
+        ([folder, "--csv", tmp_path / "other.csv"], "must be a table of this script"),
+        ([folder, "--csv", tmp_path / "e.csv", "--updates", 0], "--updates 0: must be at least 1"),
+    ):
+        done = experiment("model_error", *flags)
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "e.csv").exists()

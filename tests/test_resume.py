@@ -230,16 +230,21 @@ def test_resuming_a_complete_run_changes_nothing(algo, tmp_path, capsys):
 def test_checkpoint_holds_everything(algo, tmp_path):
     """Targets, temperature, optimisers with their moments, replay, normaliser, generators: named."""
     state = torch.load(run(algo, tmp_path) / "checkpoint.pt", weights_only=True)
-    agent = {"actor", "critic", "critic_target", "log_alpha", "optimizer"}
-    has_model = hasattr(load(algo), "Expansion")
-    agent |= {"model", "termination", "model_optimizer"} if has_model else set()
+    module, agent = load(algo), {"actor", "critic", "critic_target", "log_alpha", "optimizer"}
+    trained = ["actor", "critic"]  # by self.optimizer, beside log α
+    if hasattr(module, "Expansion"):
+        agent |= {"model", "termination", "model_optimizer"}
+    if hasattr(module, "ActorExpansion"):
+        agent |= {"model", "outcome", "model_optimizer"}
+        trained.append("outcome")
     assert set(state["agent"]) == agent
     meta = {"format", "algo", "args", "step", "episode", "rows", "seconds"}
     assert set(state) == meta | {"agent", "buffer", "torch_rng", "cuda_rng", "task_rng"}
     online, target = (state["agent"][name]["layers.0.weight"] for name in ("critic", "critic_target"))
     assert not torch.equal(online, target)
     moments = state["agent"]["optimizer"]["state"]
-    assert len(moments) == len(state["agent"]["actor"]) + len(state["agent"]["critic"]) + 1
+    names = [name for part in trained for name in state["agent"][part] if "normalizer" not in name]
+    assert len(moments) == len(names) + 1
     assert all(m["exp_avg_sq"].abs().sum() > 0 for m in moments.values())
     assert (
         len(state["buffer"]["rows"])
@@ -247,5 +252,7 @@ def test_checkpoint_holds_everything(algo, tmp_path):
         == state["step"]
         == state["buffer"]["added"]
     )
-    if has_model:
+    if hasattr(module, "Expansion"):
         assert state["agent"]["model"]["std"].item() != 1
+    if hasattr(module, "ActorExpansion"):
+        assert state["agent"]["actor"]["normalizer.seen"].item() == state["step"]

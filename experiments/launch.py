@@ -1,11 +1,13 @@
 """Run all combinations of algorithms, tasks and seeds in parallel; resume unfinished ones, skip finished.
 
     ./benchmark.sh --algos sac,sac_mve --env-ids InvertedPendulum-v5,Hopper-v5 --seeds 1,2,3 -- --horizon 3
+    ./benchmark.sh --suite svg-table-2 --dry-run
 
 What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run
-prints the exact commands and stops. Each run writes its output to <runs-dir>/logs/. A run belongs to a
-command when all its arguments agree, so the same line can be given again after a crash, or with more seeds.
-Exit code: 0 when every run is complete, 1 when some failed (named, with their logs), 2 for a mistake.
+prints the exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own.
+Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its arguments agree, so
+the same line can be given again after a crash, or with more seeds. Exit code: 0 when every run is complete,
+1 when some failed (named, with their logs), 2 for a mistake.
 """
 
 import argparse
@@ -22,6 +24,11 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
 
 from tqdm import tqdm
 
@@ -67,6 +74,32 @@ def has_flag(module, flag: str) -> bool:
     name = flag.split("=")[0].removeprefix("--").replace("-", "_")
     fields = {field.name for field in dataclasses.fields(module.Args)}
     return name in fields or name.removeprefix("no_") in fields
+
+
+def read_suite(name: str) -> tuple[str, list[dict]]:
+    """What the suite says of itself, and its blocks of algos, env_ids, seeds and flags.
+
+    `name` is that of a file in experiments/suites/ or a path. Raises ValueError for what is not a suite.
+    """
+    path = Path(name) if name.endswith(".toml") else ROOT / "experiments" / "suites" / f"{name}.toml"
+    try:
+        suite = tomllib.loads(path.read_text())
+    except OSError:
+        known = ", ".join(sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.toml")))
+        raise ValueError(f"--suite {name}: must be a .toml file or one of {known}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--suite {name}: must be valid TOML: {error}") from None
+    blocks, lists = suite.get("runs", []), ("algos", "env_ids", "seeds")
+    for keys, allowed in ((suite, {"about", "cost", "runs"}), *((b, {*lists, "flags"}) for b in blocks)):
+        if unknown := set(keys) - allowed:
+            raise ValueError(f"--suite {name}: {unknown.pop()}: must be one of {', '.join(sorted(allowed))}")
+    for block in blocks:
+        for key in lists:
+            if not block.get(key):
+                raise ValueError(f"--suite {name}: {key}: must be a list, not empty, in every block of runs")
+    if not blocks:
+        raise ValueError(f"--suite {name}: must have at least one block [[runs]]")
+    return f"{suite.get('about', name)}\nexpected cost: {suite.get('cost', 'unknown')}", blocks
 
 
 def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
@@ -219,11 +252,11 @@ def main() -> int:
         prog="benchmark.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))  # noqa: E731
-    parser.add_argument(
-        "--algos", type=split, default=["sac", "sac_mve"], help="files of algos/, comma-separated"
-    )
-    parser.add_argument("--env-ids", type=split, default=["InvertedPendulum-v5"], help="Gymnasium ids")
-    parser.add_argument("--seeds", type=split, default=["1", "2", "3"], help="seeds, comma-separated")
+    defaults = {"algos": ["sac", "sac_mve"], "env_ids": ["InvertedPendulum-v5"], "seeds": ["1", "2", "3"]}
+    parser.add_argument("--algos", type=split, help="files of algos/ (default: sac,sac_mve)")
+    parser.add_argument("--env-ids", type=split, help="Gymnasium ids (default: InvertedPendulum-v5)")
+    parser.add_argument("--seeds", type=split, help="(default: 1,2,3)")
+    parser.add_argument("--suite", help="instead of these three: a file of experiments/suites/, or a path")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="runs at a time (default: all cores)"
     )
@@ -233,12 +266,23 @@ def main() -> int:
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for the algorithms")
     args = parser.parse_args()
     try:
-        if not (args.algos and args.env_ids and args.seeds):
+        block = {name: getattr(args, name) for name in defaults}
+        if [] in block.values():
             raise ValueError("--algos, --env-ids, --seeds: must not be empty")
+        blocks = [{n: value or defaults[n] for n, value in block.items()}]
+        if args.suite:
+            if any(block.values()):
+                raise ValueError(f"--suite {args.suite}: must be alone, without --algos, --env-ids, --seeds")
+            about, blocks = read_suite(args.suite)
+            print(about)
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers}: must be at least 1")
         runs_dir = str(Path(args.runs_dir).resolve())
-        jobs = plan(args.algos, args.env_ids, args.seeds, runs_dir, args.threads, args.extra)
+        jobs = []
+        for block in blocks:
+            parts = (block["algos"], block["env_ids"], list(map(str, block["seeds"])))
+            extra = [*shlex.split(block.get("flags", "")), *args.extra]
+            jobs += plan(*parts, runs_dir, args.threads, extra)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORACLE, RETRACE = "test_oracle", "test_retrace"
+ORACLE, RETRACE, SVG = "test_oracle", "test_retrace", "test_svg"
 MATH, RUNS, FAILURES, RESUME, FAMILY = (
     "test_math",
     "test_runs",
@@ -83,6 +83,31 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("retrace: no correction", "trace[k] * (target - q[k])", "trace[k] * target", RETRACE),
     ("retrace: warm-up not uniform", "self.added < self.agent.args.learning_starts", "False", RETRACE),
     ("retrace: entropy twice", "corrected = next_q[k]", "corrected = next_q[k] - alpha * next_log_prob[k]", RETRACE),
+    ("svg: survival off by one", "    for probability in done:\n", "    for probability in [*done[1:], done[0]]:\n", SVG),
+    ("svg: end not counted", "alive[-1] * (1 - probability)", "alive[-1]", SVG),
+    ("svg: first entropy twice in (9)", "(1 - batch.terminated) * next_value", "(1 - batch.terminated) * (next_value - alpha * self.actor.sample(batch.next_obs)[1])", SVG),
+    ("svg: entropy undiscounted", "value = m * r - alpha * entropy + gamma * value", "value = m * r + gamma * value - alpha * entropy / gamma", SVG),
+    ("svg: rollout detached", "self.model.step(obs, action, memory)\n                action", "self.model.step(obs.detach(), action, memory)\n                action", SVG),
+    ("svg: actions detached", "obs, memory = self.model.step(obs, action, memory)", "obs, memory = self.model.step(obs, action.detach(), memory)", SVG),
+    ("svg: slow critics in the actor's value", "self.look_ahead(rollout, self.critic, alpha)", "self.look_ahead(rollout, self.critic_target, alpha)", SVG),
+    ("svg: mean over critics at the end", "frozen=True).amin(0)\n        alive", "frozen=True).mean(0)\n        alive", SVG),
+    ("svg: gradient through states in training", "model.step(predicted.detach(), actions, memory)", "model.step(predicted, actions, memory)", SVG),
+    ("svg: memory detached in training", "model.step(predicted.detach(), actions, memory)", "model.step(predicted.detach(), actions, memory and [m.detach() for m in memory])", SVG),
+    ("svg: teacher forcing in training", "predicted, memory, errors = obs[0], None, []\n    for actions, target in zip(action[:-1], obs[1:], strict=True):\n", "memory, errors = None, []\n    for actions, target, predicted in zip(action[:-1], obs[1:], obs[:-1], strict=True):\n", SVG),
+    ("svg: model learns from the actor", "with constant(self.model):", "with contextlib.nullcontext():", SVG),
+    ("svg: reset in a sequence", "inside[-1] | (inside[-2] & newest)", "inside[-3] | newest", SVG),
+    ("svg: newest end in a sequence", "& (buffer.rows[places[-2], -1] == 0)", "", SVG),
+    ("svg: memory kept at the start", "x, kept = self.encoder", "memory = memory or getattr(self, 'last', None)\n        x, kept = self.encoder", SVG),
+    ("svg: update gate the wrong way round", "torch.lerp(candidate, memory, keep)", "torch.lerp(memory, candidate, keep)", SVG),
+    ("svg: residual in the task's units", "obs + self.normalizer.std * self.decoder(x)", "obs + self.decoder(x)", SVG),
+    ("svg: no warm-up of the actor", "step > args.expansion_starts", "step > 0", SVG),
+    ("svg: entropy schedule ignored", "progress = step / args.total_timesteps", "progress = 0.0", SVG),
+    ("svg: imagined log pi in the temperature", "rollout.log_prob[0]  # (3b, 3d)", "rollout.log_prob[1]  # (3b, 3d)", SVG),
+    ("svg: gradient not clipped", "clip_grad_norm_(self.model.parameters(), 1.0)", "clip_grad_norm_(self.model.parameters(), 1e9)", SVG),
+    ("svg: balanced by the wrong class", "(len(terminated) - ended) / ended", "ended / (len(terminated) - ended)", SVG),
+    ("svg: deviation over N", "(self.seen - 1).clamp_min(1)", "self.seen", SVG),
+    ("svg: normaliser sees the successor", "self.normalizer.update(obs)\n", "self.normalizer.update(rest[2])\n", SVG),
+    ("svg: tdk one index late", "alive = [torch.ones_like(next_q), 1 - batch", "alive = [1 - batch.terminated, 1 - batch", SVG),
     ("retrace: densities not restored", 'self.log_mu[: self.size] = state["log_mu"]', "pass", RESUME),
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """benchmark.sh: exact commands, parallel runs, resuming, skipping, and failures that are never swallowed."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, TINY_MODEL, differing, run
+from tests.conftest import ROOT, TINY, differing, run, sizes
 
 
-def words(sizes: dict) -> list[str]:
+def words(flags: dict) -> list[str]:
     """Flags for after the --, but for those that the launcher itself sets."""
     own = ("env-id", "num-threads")
-    return [part for name, value in sizes.items() if name not in own for part in (f"--{name}", str(value))]
+    return [part for name, value in flags.items() if name not in own for part in (f"--{name}", str(value))]
 
 
-EXTRA, EXTRA_MODEL = words(TINY), words(TINY_MODEL)
+EXTRA = words(TINY)
+EXTRA_MODEL = words({name: value for name, value in sizes("sac_mve").items() if name not in TINY})
 
 
 def start(*flags: object, **options) -> subprocess.Popen:
@@ -135,3 +137,55 @@ def test_mistake_is_one_line(flags, expected, tmp_path):
     assert (code, out) == (2, "")
     assert len(error.strip().splitlines()) == 1 and error.startswith("error: ") and expected in error
     assert not (tmp_path / "runs").exists()
+
+
+SUITES = sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_expands(name, tmp_path):
+    """Each line parses as its file would; what it says of its cost counts the steps it really has."""
+    code, out, error = benchmark("--suite", name, "--runs-dir", tmp_path, "--dry-run")
+    assert code == 0, error
+    jobs = [line for line in out.splitlines() if line.startswith("new ")]
+    assert len(jobs) == len(set(jobs)) and "expected cost: " in out
+    steps = sum(int(re.search(r"--total-timesteps ([\d_]+)", job)[1]) for job in jobs)
+    assert f"{steps / 1e6:.0f} million steps" in out
+
+
+def test_suite_of_ones_own(tmp_path):
+    """Blocks become the commands of their algorithms, tasks, seeds and flags; what follows -- joins them."""
+    suite = tmp_path / "mine.toml"
+    text = 'about = "mine"\n[[runs]]\nalgos = ["sac", "sac_mve"]\nenv_ids = ["Pendulum-v1"]\nseeds = [4]\n'
+    suite.write_text(text + 'flags = "--horizon 2"\n')
+    flags = ("--suite", suite, "--runs-dir", tmp_path / "runs", "--dry-run", "--", "--gamma", "0.5")
+    _, out, _ = benchmark(*flags)
+    lines = [line.split("algos/")[1] for line in out.splitlines() if line.startswith("new ")]
+    assert lines[0].startswith("sac.py --env-id Pendulum-v1 --seed 4") and "--horizon" not in lines[0]
+    assert lines[1].startswith("sac_mve.py") and "--horizon 2 --gamma 0.5" in lines[1] and len(lines) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[runs]]\nalgos = [", "must be valid TOML"),
+        ('about = "x"', "must have at least one block [[runs]]"),
+        ('[[runs]]\nalgos = ["sac"]\nseeds = [1]', "env_ids: must be a list, not empty"),
+        ('steps = 3\n[[runs]]\nalgos = ["sac"]', "steps: must be one of about, cost, runs"),
+        ('[[runs]]\ntasks = ["sac"]', "tasks: must be one of algos, env_ids, flags, seeds"),
+    ],
+)
+def test_bad_suites(text, expected, tmp_path):
+    (tmp_path / "bad.toml").write_text(text)
+    code, _, error = benchmark("--suite", tmp_path / "bad.toml", "--runs-dir", tmp_path / "runs")
+    assert code == 2 and expected in error and len(error.splitlines()) == 1
+
+
+def test_suite_mistakes(tmp_path):
+    for flags, expected in (
+        (["--suite", "nothing"], "must be a .toml file or one of svg-figure-2"),
+        (["--suite", SUITES[0], "--seeds", "1"], "must be alone"),
+    ):
+        code, _, error = benchmark(*flags, "--runs-dir", tmp_path / "runs")
+        assert code == 2 and expected in error and not (tmp_path / "runs").exists()

@@ -97,7 +97,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("svg: model learns from the actor", "with constant(self.model):", "with contextlib.nullcontext():", SVG),
     ("svg: reset in a sequence", "inside[-1] | (inside[-2] & newest)", "inside[-3] | newest", SVG),
     ("svg: newest end in a sequence", "& (buffer.rows[places[-2], -1] == 0)", "", SVG),
-    ("svg: memory kept at the start", "x, kept = self.encoder", "memory = memory or getattr(self, 'last', None)\n        x, kept = self.encoder", SVG),
+    ("svg: memory not zero at the start", "memory or [None] * len(self.memory)", "memory or [torch.randn(len(obs), part.hidden_size) for part in self.memory]", SVG),
     ("svg: update gate the wrong way round", "torch.lerp(candidate, memory, keep)", "torch.lerp(memory, candidate, keep)", SVG),
     ("svg: residual in the task's units", "obs + self.normalizer.std * self.decoder(x)", "obs + self.decoder(x)", SVG),
     ("svg: no warm-up of the actor", "step > args.expansion_starts", "step > 0", SVG),

@@ -411,7 +411,7 @@ def test_normalizer_is_numpys():
     normalizer = svg.Normalizer(4)
     buffer = svg.ObservingReplay(50, 4, 1, torch.device("cpu"), normalizer)
     for row in data:
-        buffer.add(row, [0.0], 0.0, row, False, 0)
+        buffer.add(row, [0.0], 0.0, row + 1, False, 0)
     mean, std = data.mean(0, dtype=np.float64), data.std(0, ddof=1, dtype=np.float64)
     assert np.allclose(normalizer.mean, mean, rtol=1e-6)
     assert np.allclose(normalizer.std, std.clip(0.1, 10), rtol=1e-6)
@@ -464,7 +464,7 @@ def test_tdk_aligns_terminations(mask, first, monkeypatch):
     agent.unroll = lambda obs: (rollouts.append(unroll(obs)), rollouts[-1])[1]
     agent.tdk_loss(batch, torch.tensor(0.1))
     alive, rollout = calls[0][1], rollouts[0]
-    assert len(alive) == 4 and torch.equal(alive[1], 1 - batch.terminated)
+    assert len(alive) == 4 and (alive[0] == 1).all() and torch.equal(alive[1], 1 - batch.terminated)
     assert torch.equal(alive[2], 1 - rollout.done[first])
     assert calls[0][0][0] is batch.reward and len(calls[0][2]) == 3
 

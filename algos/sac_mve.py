@@ -160,7 +160,7 @@ class SAC:
     target_entropy: float | None = None
     """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
     hidden: Width = 256
-    """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
+    """Units in each hidden layer of actor and critics (Haarnoja et al. 2018: two layers)."""
 
 
 @dataclass

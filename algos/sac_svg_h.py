@@ -8,9 +8,9 @@ takes with it: one deterministic recurrent network f, differentiated through sta
     L_π = −mean V / (H + 1)                                                                      (3c)
     m_t = Π_{i<t} (1 − d̂_i),   r̂_t and d̂_t predicted from (x̂_t, â_t)                            (3d)
 
-H = 0, and any H before --expansion-starts, is sac.py bit for bit (with --no-normalize): (3b, 3c) are then its
-L_π (3). (1), (2) and (5) are its target, critic loss and slow critics, (4) its temperature loss with a target
-entropy that may move over the T steps of a run:
+H = 0 is sac.py bit for bit (with --no-normalize): (3b, 3c) are then its L_π (3), which the actor also follows
+until --expansion-starts. (1), (2) and (5) are its target, critic loss and slow critics, (4) its temperature
+loss with a target entropy that may move over the T steps of a run:
 
     H̄(t) = (H̄_first − H̄_final) (1 − t/T)^β + H̄_final                                            (4a)
 
@@ -25,7 +25,7 @@ tdk regresses them at imagined pairs too (8), one-step replaces the target by r 
 --preset laptop, paper or released; where those two disagree, and what we chose: docs/sac_svg_h.md.
 
     python algos/sac_svg_h.py --horizon 2 --env-id HalfCheetah-v5 --total-timesteps 30_000
-    python algos/sac_svg_h.py --preset released --env-id HalfCheetah-v5 --total-timesteps 2_000_000
+    python algos/sac_svg_h.py --preset released --schedule mbpo/HalfCheetah-v0 --env-id HalfCheetah-v5
     python algos/sac_svg_h.py --resume runs/<run>   # goes on where it stopped, in the same bits
 """
 
@@ -164,7 +164,7 @@ class SAC:
     target_entropy: float | None = None
     """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
     hidden: Width = 256
-    """Units in each of two hidden layers, actor and critics (Haarnoja et al. 2018)."""
+    """Units in each hidden layer of actor and critics (Haarnoja et al. 2018: two layers)."""
 
 
 SIZES = {"batch_size": 512, "actor_lr": 1e-4, "critic_lr": 1e-4, "alpha_lr": 5e-4, "init_alpha": 0.1}
@@ -174,7 +174,7 @@ SIZES |= {"log_std": "tanh", "init": "orthogonal"}
 RELEASED = {"batch_size": 1024, "learning_starts": 1024, "alpha_lr": 1e-4, "hidden_layers": 4}
 RELEASED |= {"decoder_layers": 0, "sequence_batch": 512, "mask": "released", "balance_terminations": True}
 PRESETS = {"laptop": {}, "paper": SIZES, "released": SIZES | RELEASED}  # what differs from the defaults below
-SCHEDULES = {  # task: H and (first entropy, final, β) of the paper's table 4, then of the released files
+SCHEDULES = {  # task: H and (first entropy, final, β) of the paper's table 4 (prints H + 1), of the code
     "poplin/Ant-v0": (2, (1, -4, 0.0625), 2, (1, -3, 0.5)),
     "poplin/Hopper-v0": (2, (1, 1, 1), 2, (1, 0, 32)),
     "poplin/Swimmer-v0": (2, (-2, -16, 16), 2, (-2, -32, 0.125)),
@@ -198,7 +198,7 @@ class ActorExpansion:
     schedule: str = "auto"
     """Task whose published horizon and entropies are the defaults; auto: the task itself, laptop: none."""
     horizon: Natural = 2
-    """Model steps H of the actor's value; 0 is sac.py (paper: best 2 to 4; its code's option is H + 1)."""
+    """Model steps H of the actor's value (paper: 2 to 4 are best; its code's option is H + 1)."""
     actor_expansion: bool = True
     """Look ahead in the actor's loss; off, only --critic-expansion uses the model (ablation of Figure 4)."""
     critic_expansion: Literal["none", "tdk", "one-step"] = "none"
@@ -210,7 +210,7 @@ class ActorExpansion:
     balance_terminations: bool = False
     """Weigh the batch's terminations in L_d as much as the rest, which inflates d̂ (released: on)."""
     final_entropy: float | None = None
-    """H̄ after the last step; --target-entropy is the first, None keeps it constant (published: by task)."""
+    """H̄ after --total-timesteps, --target-entropy being the first; None: constant (published: by task)."""
     entropy_decay: Rate = 1.0
     """Exponent β of the entropy's schedule (published: by task)."""
     normalize: bool = True
@@ -246,10 +246,13 @@ class Args(Run, SAC, ActorExpansion):
         if self.horizon > 0:
             used = self.actor_expansion or self.critic_expansion != "none"
             require(used, "horizon", self.horizon, "0 where neither actor nor critic looks ahead")
-            late = self.critic_expansion != "tdk"  # which does not wait
-            before = self.expansion_starts < self.total_timesteps or not late
-            total = f"below --total-timesteps {self.total_timesteps} (nothing would look ahead)"
+            waits = self.actor_expansion or self.critic_expansion == "one-step"
+            before = self.expansion_starts < self.total_timesteps or not waits
+            total = f"below --total-timesteps {self.total_timesteps} (paper and released set 10 000)"
             require(before, "expansion_starts", self.expansion_starts, total)
+
+        used = self.entropy_decay == 1 or self.final_entropy is not None
+        require(used, "entropy_decay", self.entropy_decay, "1 without --final-entropy")
 
     @classmethod
     def defaults(cls, argv: list[str] | None) -> dict[str, object]:
@@ -633,7 +636,7 @@ def sequences(buffer: ReplayBuffer, length: int, wanted: int) -> tuple[Tensor, T
     """Places [length, wanted] of random windows in which no step ends an episode, and weights [wanted].
 
     Uniform over all such windows, by rejection among four times as many; should too few be left, the rest
-    weighs 0. Whether the newest transition was cut off by a time limit is known one step later.
+    weighs 0 in the loss. Whether the newest transition was cut off by a time limit is known one step later.
     """
     places, inside = windows(buffer, buffer.sample(4 * wanted), length + 1)
     newest = (places[-1] == buffer.added % buffer.size) & (buffer.rows[places[-2], -1] == 0)
@@ -773,6 +776,7 @@ class Agent:
             "losses/alpha_loss": alpha_loss.detach(),
             "losses/alpha": alpha,
             "losses/entropy": -log_prob.detach().mean(),
+            "losses/target_entropy": torch.tensor(entropy),
         }
 
     def tdk_loss(self, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:

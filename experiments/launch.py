@@ -90,13 +90,17 @@ def read_suite(name: str) -> tuple[str, list[dict]]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--suite {name}: must be valid TOML: {error}") from None
     blocks, lists = suite.get("runs", []), ("algos", "env_ids", "seeds")
+    if not (isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)):
+        raise ValueError(f"--suite {name}: runs: must be blocks [[runs]]")
     for keys, allowed in ((suite, {"about", "cost", "runs"}), *((b, {*lists, "flags"}) for b in blocks)):
         if unknown := set(keys) - allowed:
             raise ValueError(f"--suite {name}: {unknown.pop()}: must be one of {', '.join(sorted(allowed))}")
     for block in blocks:
         for key in lists:
-            if not block.get(key):
+            if not (isinstance(block.get(key), list) and block[key]):
                 raise ValueError(f"--suite {name}: {key}: must be a list, not empty, in every block of runs")
+        if not isinstance(block.get("flags", ""), str):
+            raise ValueError(f"--suite {name}: flags: must be a string, as on the command line")
     if not blocks:
         raise ValueError(f"--suite {name}: must have at least one block [[runs]]")
     return f"{suite.get('about', name)}\nexpected cost: {suite.get('cost', 'unknown')}", blocks
@@ -278,11 +282,12 @@ def main() -> int:
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers}: must be at least 1")
         runs_dir = str(Path(args.runs_dir).resolve())
-        jobs = []
-        for block in blocks:
-            parts = (block["algos"], block["env_ids"], list(map(str, block["seeds"])))
-            extra = [*shlex.split(block.get("flags", "")), *args.extra]
-            jobs += plan(*parts, runs_dir, args.threads, extra)
+        jobs, rounds = [], list(dict.fromkeys(str(seed) for block in blocks for seed in block["seeds"]))
+        for seed in rounds:
+            for block in blocks:
+                parts = (block["algos"], block["env_ids"], [seed] * (seed in map(str, block["seeds"])))
+                extra = [*shlex.split(block.get("flags", "")), *args.extra]
+                jobs += plan(*parts, runs_dir, args.threads, extra)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,10 +10,10 @@ after --episodes of them, both models are trained from new weights on four fifth
     recurrent   the dynamics of sac_svg_h.py, on windows of --horizon steps, from its own predictions (6)
     ensemble    the Gaussians of sac_mve.py, on single steps; predictions are the mean over its members
 
-Errors are mean squares in deviations of the whole replay after k = 1 .. horizon steps under the recorded
-actions, windows inside one episode. Holdout minus train is what a model memorises, test minus holdout what it
-misses because the policy moves on. Interrupted, the same command goes on from what is in --csv. Extra `bench`
-for the figure.
+Errors are mean squares in deviations of the whole replay, held in [0.1, 10] as in (6), after k = 1 .. horizon
+steps under the recorded actions, windows inside one episode. Holdout minus train is what a model memorises,
+test minus holdout what it misses because the policy moves on. Interrupted, the same command goes on from what
+is in --csv. Extra `bench` for the figure.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
-FIELDS = "model,episodes,seed,split,k,mse".split(",")
+SETTINGS = "run,horizon,updates,recurrent_hidden,ensemble_hidden".split(",")  # one table, one set of these
+FIELDS = [*SETTINGS, *"model,episodes,seed,split,k,mse".split(",")]
 MODELS, SPLITS = ("ensemble", "recurrent"), ("train", "holdout", "test")
 
 
@@ -42,7 +43,7 @@ class Windows(NamedTuple):
 
 
 def read_replay(run_dir: Path) -> tuple[list[Tensor], list[int]]:
-    """Rows (obs, action, next obs) of every whole episode, in order: [[T, 2 n + m], ..], and (n, m)."""
+    """Rows (obs, action, next obs) of every episode, in order: [[T, 2 n + m], ..], and (n, m)."""
     path = run_dir / "final.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,8 +152,12 @@ def measure(run_dir: Path, args: argparse.Namespace, done: list[dict], write) ->
         raise ValueError(
             f"--episodes {','.join(map(str, args.episodes))}: must be from 2 to {len(pool)} each"
         )
-    scale = torch.cat(episodes)[:, : sizes[0]].std(0).clamp_min(1e-6)
-    table, torch_fits = list(done), {"recurrent": (fit_recurrent, svg), "ensemble": (fit_ensemble, mve)}
+    scale = torch.cat(episodes)[:, : sizes[0]].std(0)
+    scale = scale.clamp(0.1, 10)
+    settings = {name: str(getattr(args, name)) for name in SETTINGS} | {"run": run_dir.resolve().name}
+    if any({name: row[name] for name in SETTINGS} != settings for row in done):
+        raise ValueError(f"--csv {args.csv}: must be of this run and these settings, or not exist")
+    table, fits = list(done), {"recurrent": (fit_recurrent, svg), "ensemble": (fit_ensemble, mve)}
     jobs = [(number, seed, name) for number in args.episodes for seed in args.seeds for name in MODELS]
     have = {(int(row["episodes"]), int(row["seed"]), row["model"]) for row in done}
     jobs = [job for job in jobs if job not in have]
@@ -167,13 +172,13 @@ def measure(run_dir: Path, args: argparse.Namespace, done: list[dict], write) ->
             }
             data = {part: windows(es, sizes, args.horizon) for part, es in parts.items()}
             torch.manual_seed(seed)
-            fit, module = torch_fits[name]
+            fit, module = fits[name]
             hidden = args.recurrent_hidden if name == "recurrent" else args.ensemble_hidden
             predict = fit(module, data["train"], sizes, hidden, args.updates, bar)
             for part in SPLITS:
                 for k, mse in enumerate(errors(predict, data[part], scale), 1):
                     row = {"model": name, "episodes": number, "seed": seed, "split": part, "k": k, "mse": mse}
-                    table.append(row)
+                    table.append(settings | row)
             write(table)
     return table
 
@@ -185,9 +190,15 @@ def average(table: list[dict], model: str, episodes: int, part: str) -> float:
     return float(np.mean(found))
 
 
+def measured(table: list[dict]) -> list[int]:
+    """The numbers of episodes for which both models are in the table."""
+    sizes = ({int(row["episodes"]) for row in table if row["model"] == model} for model in MODELS)
+    return sorted(set.intersection(*sizes))
+
+
 def report(table: list[dict]) -> str:
     """Mean multi-step errors as Markdown, and what Figure 3 claims of them."""
-    sizes = sorted({int(row["episodes"]) for row in table})
+    sizes = measured(table)
     lines = ["| model | split | " + " | ".join(f"{n} episodes" for n in sizes) + " |"]
     lines.append("|---" * (len(sizes) + 2) + "|")
     means = {(m, p): [average(table, m, n, p) for n in sizes] for m in MODELS for p in SPLITS}
@@ -210,13 +221,13 @@ def plot(table: list[dict], title: str, out: Path) -> None:
     import matplotlib.pyplot as plt
     from curves import COLOURS
 
-    sizes = sorted({int(row["episodes"]) for row in table})
-    seeds = sorted({row["seed"] for row in table})
+    sizes = measured(table)
+    seeds = sorted({int(row["seed"]) for row in table})
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), sharex=True, sharey=True, constrained_layout=True)
     for axes, part in zip(panels, SPLITS, strict=True):
         for model, colour in zip(MODELS, COLOURS, strict=False):
-            lines = np.array([[average([r for r in table if r["seed"] == s], model, n, part) for n in sizes]
-                              for s in seeds])  # fmt: skip
+            by_seed = [[row for row in table if int(row["seed"]) == seed] for seed in seeds]
+            lines = np.array([[average(rows, model, n, part) for n in sizes] for rows in by_seed])
             axes.plot(sizes, lines.mean(0), color=colour, marker="o", ms=3, label=model)
             axes.fill_between(sizes, lines.min(0), lines.max(0), color=colour, alpha=0.2, lw=0)
         axes.set(title=part, xlabel="episodes", yscale="log", xscale="log")
@@ -226,7 +237,7 @@ def plot(table: list[dict], title: str, out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("mean square error")
     panels[0].legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{title}, mean and range of {len(seeds)} seeds", fontsize=11)
     figure.savefig(out, dpi=130)
 
 

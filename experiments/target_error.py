@@ -66,7 +66,11 @@ class LearnedEnsemble:
 
 
 class LearnedRecurrence:
-    """The dynamics of sac_svg_h.py in the same role; terminations are probabilities, as for its actor."""
+    """The dynamics of sac_svg_h.py in the same role; terminations are probabilities.
+
+    The targets are those that sac_mve.py's critics would take from it, not the actor's own V: entropy ends
+    with survival, and the slow critics stand at the end. Beyond the run's own H the memory extrapolates.
+    """
 
     def __init__(self, agent):
         self.agent = agent

@@ -148,6 +148,8 @@ def test_every_suite_expands(name, tmp_path):
     code, out, error = benchmark("--suite", name, "--runs-dir", tmp_path, "--dry-run")
     assert code == 0, error
     jobs = [line for line in out.splitlines() if line.startswith("new ")]
+    seeds = [int(re.search(r"--seed (\d+)", job)[1]) for job in jobs]
+    assert seeds == sorted(seeds)  # comparisons grow evenly
     assert len(jobs) == len(set(jobs)) and "expected cost: " in out
     steps = sum(int(re.search(r"--total-timesteps ([\d_]+)", job)[1]) for job in jobs)
     assert f"{steps / 1e6:.0f} million steps" in out
@@ -173,6 +175,12 @@ def test_suite_of_ones_own(tmp_path):
         ('about = "x"', "must have at least one block [[runs]]"),
         ('[[runs]]\nalgos = ["sac"]\nseeds = [1]', "env_ids: must be a list, not empty"),
         ('steps = 3\n[[runs]]\nalgos = ["sac"]', "steps: must be one of about, cost, runs"),
+        ("runs = 3", "runs: must be blocks [[runs]]"),
+        ('[[runs]]\nalgos = "sac"\nenv_ids = ["x"]\nseeds = [1]', "algos: must be a list, not empty"),
+        (
+            '[[runs]]\nalgos = ["sac"]\nenv_ids = ["x"]\nseeds = [1]\nflags = ["--a"]',
+            "flags: must be a string",
+        ),
         ('[[runs]]\ntasks = ["sac"]', "tasks: must be one of algos, env_ids, flags, seeds"),
     ],
 )

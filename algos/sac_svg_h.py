@@ -196,7 +196,7 @@ class ActorExpansion:
     preset: Literal["laptop", "paper", "released"] = "laptop"
     """Defaults of all arguments: for two CPU cores, as printed, or of the code that gave the numbers."""
     schedule: str = "auto"
-    """Task whose published horizon and entropies are the defaults; auto: the task itself, laptop: none."""
+    """Task whose published horizon, entropies, log σ are the defaults; auto: the task's, laptop: none."""
     horizon: Natural = 2
     """Model steps H of the actor's value (paper: 2 to 4 are best; its code's option is H + 1)."""
     actor_expansion: bool = True
@@ -271,6 +271,7 @@ class Args(Run, SAC, ActorExpansion):
             names = ("horizon", "target_entropy", "final_entropy", "entropy_decay")
             horizon, entropies = SCHEDULES[task][2 * (given.preset == "released") :][:2]
             values |= zip(names, (horizon, *map(float, entropies)), strict=True)
+            values["log_std"] = "tanh"  # some final entropies are below its reach, and meant to be
         return values
 
 

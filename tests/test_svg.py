@@ -643,6 +643,8 @@ def test_presets_fill_in_what_is_not_typed():
 def test_schedules_by_task(flags, expected):
     args = svg.parse([*flags.split(), "--total-timesteps", "50000"])
     assert (args.horizon, args.target_entropy, args.final_entropy, args.entropy_decay) == expected
+    scheduled = args.final_entropy is not None or args.preset != "laptop"
+    assert args.log_std == ("tanh" if scheduled else "clamp")
 
 
 @pytest.mark.parametrize(

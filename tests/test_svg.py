@@ -465,6 +465,8 @@ def test_tdk_aligns_terminations(mask, first, monkeypatch):
     """a_j belongs to the step that leads to x̂_{j−1}: d̂_{j−2}; the released code takes the next one."""
     agent = make_agent("sac_svg_h", *LOOK, "--critic-expansion", "tdk", "--mask", mask)
     buffer = played_buffer(svg, agent)
+    for p in agent.critic_target.parameters():
+        p.data.add_(0.1)
     calls, losses = (recorded(monkeypatch, svg, name) for name in ("tdk_targets", "weighted_twin_loss"))
     batch, rollouts, unroll = buffer[buffer.sample(16)], [], agent.unroll
     agent.unroll = lambda obs: (rollouts.append(unroll(obs)), rollouts[-1])[1]

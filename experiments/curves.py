@@ -49,7 +49,7 @@ def export(runs: Path, target: Path) -> int:
             changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
             if "horizon" in args:
                 changed = ["horizon", *(n for n in changed if n != "horizon")]
-            settings = "__".join(f"{name}-{args[name]}" for name in changed) or "default"
+            settings = "__".join(f"{name}-{args[name]}" for name in changed).replace("/", "-") or "default"
         place = target / env_id / algo / settings / f"{seed}.csv"
         if place in placed:
             raise SystemExit(

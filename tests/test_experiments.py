@@ -383,3 +383,15 @@ def test_model_error_mistakes(tmp_path):
         done = experiment("model_error", *flags)
         assert done.returncode == 2 and expected in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "e.csv").exists()
+
+
+def test_settings_with_a_slash_are_one_folder(tmp_path):
+    """A schedule is named after a task: its slash must not become a folder of its own."""
+    run("sac_svg_h", tmp_path / "runs", "--schedule", "poplin/Swimmer-v0", "--init-alpha", 0.1)
+    command = [sys.executable, ROOT / "experiments" / "curves.py"]
+    subprocess.run([*command, "export", tmp_path / "runs", tmp_path / "out"], check=True, cwd=ROOT)
+    (place,) = (tmp_path / "out").rglob("*.csv")
+    assert len(place.relative_to(tmp_path / "out").parts) == 4 and "poplin-Swimmer-v0" in place.parent.name
+    folder = next((tmp_path / "out").iterdir())
+    done = subprocess.run([*command, "plot", folder], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "sac_svg_h" in done.stdout

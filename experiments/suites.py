@@ -1,4 +1,4 @@
-"""The tasks of three papers as Gymnasium ids: --env-id experiments.suites:poplin/Hopper-v0 and so on.
+"""The tasks of four papers as Gymnasium ids: --env-id experiments.suites:poplin/Hopper-v0 and so on.
 
 poplin/ Ant-v0, Cheetah-v0, Hopper-v0, Swimmer-v0, Walker2d-v0 (arXiv 1906.08649, tasks of arXiv 1907.02057):
     no termination; the reward is a known function of the observation *before* the step and of the action.
@@ -7,6 +7,8 @@ pets/ Cheetah-v0 (arXiv 1805.12114):
 mbpo/ Ant-v0, HalfCheetah-v0, Hopper-v0, Humanoid-v0, Walker2d-v0 (arXiv 1906.08253):
     Gymnasium's tasks with truncated observations (Ant, Humanoid), Walker2d's old feet, and the alive bonus
     paid on the terminating step too.
+mve/ HalfCheetah-v0, Swimmer-v0, Walker2d-v0 (arXiv 1803.00101):
+    Gymnasium's tasks with the root's position in the observation, so that it determines the reward.
 
 All rest on Gymnasium's bodies of version 5, with 1 000 steps an episode. Physics engines have changed since
 the papers (MuJoCo 1.31 and 1.50): returns are comparable within the noise of their seeds, not to the digit.
@@ -129,6 +131,10 @@ def mbpo(base: str, **options) -> gym.Env:
     return AliveBonusToTheEnd(gym.make(base, **options).unwrapped)
 
 
+def whole(base: str, **options) -> gym.Env:
+    return gym.make(base, exclude_current_positions_from_observation=False, **options).unwrapped
+
+
 def truncated(*parts: str) -> dict[str, bool]:
     return {f"include_{part}_in_observation": False for part in parts}
 
@@ -148,6 +154,9 @@ SUITES = {  # id: (entry point, its arguments)
         mbpo,
         {"base": "Humanoid-v5"} | truncated("cinert", "cvel", "qfrc_actuator", "cfrc_ext"),
     ),
+    "mve/HalfCheetah-v0": (whole, {"base": "HalfCheetah-v5"}),
+    "mve/Swimmer-v0": (whole, {"base": "Swimmer-v5"}),
+    "mve/Walker2d-v0": (whole, {"base": "Walker2d-v5"} | OLD_FEET),
     "mbpo/Walker2d-v0": (mbpo, {"base": "Walker2d-v5"} | OLD_FEET),
 }
 for name, (entry_point, arguments) in SUITES.items():

@@ -201,9 +201,81 @@ class MatrixAction(LQR):
         return self.state.copy(), -float(self.state[0] ** 2), False, False, {}
 
 
+class Shuttle(gym.Env):
+    """A goal task: x ← x + 0.1 a, reward −1 unless within 0.05 of the goal."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "observation": gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+            "achieved_goal": gym.spaces.Box(-np.inf, np.inf, (1,), np.float64),
+            "desired_goal": gym.spaces.Box(-np.inf, np.inf, (1,), np.float64),
+        }
+    )
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    distance_threshold, reward_type = 0.05, "sparse"
+
+    def observe(self):
+        return {
+            "observation": np.array([0.0, self.x]),
+            "achieved_goal": np.array([self.x]),
+            "desired_goal": np.array([self.goal]),
+        }
+
+    def compute_reward(self, achieved, desired, info):
+        return -(np.linalg.norm(achieved - desired, axis=-1) > self.distance_threshold).astype(np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.goal, self.time = 0.0, self.np_random.uniform(-1, 1), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.x, self.time = self.x + 0.1 * float(np.mean(action)), self.time + 1
+        obs = self.observe()
+        return (
+            obs,
+            float(self.compute_reward(obs["achieved_goal"], obs["desired_goal"], {})),
+            False,
+            False,
+            {},
+        )
+
+
+class Elsewhere(Shuttle):
+    """What is achieved cannot be observed."""
+
+    def observe(self):
+        return super().observe() | {"achieved_goal": np.array([self.x + 1])}
+
+
+class OtherReward(Shuttle):
+    def compute_reward(self, achieved, desired, info):
+        return 2 * super().compute_reward(achieved, desired, info)
+
+
+class GoalEnds(Shuttle):
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, self.time == 3, truncated, info
+
+
+class GoalDiscrete(Shuttle):
+    action_space = gym.spaces.Discrete(3)
+
+
+class GoalNan(Shuttle):
+    """A reward that is no number, from step 30 of an episode on."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, float("nan") if self.time > 30 else reward, *rest
+
+
 for task in (
     LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan,
     Huge, DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)
 gym.register("LastStep-v0", entry_point=LastStep, max_episode_steps=5)
+for task in (Shuttle, Elsewhere, OtherReward, GoalEnds, GoalDiscrete, GoalNan):
+    gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=50)

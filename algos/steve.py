@@ -1,0 +1,928 @@
+"""Stochastic ensemble value expansion (STEVE), Buckman et al. 2018, arXiv 1807.01675.
+
+ddpg.py whose critic target weighs all horizons 0 .. H by how sure each is. L critics, M models of transition
+and termination and R of the reward give M R L candidates per horizon; their spread is the doubt. From s':
+
+    s_0 = s', D_0 = d,  a_j = π(s_j),  s_{j+1} = s_j + f_m(s_j, a_j),  D_{j+1} = σ(g_m(s_{j+1}, s_j, a_j)),
+    C_j = Π_{k≤j} (1 − D_k),  C_{−1} = 1,  ρ_0 = r,  ρ_j = ρ_{r'}(s_j, s_{j−1}, a_{j−1})               (1)
+    T_h = Σ_{j=0..h} γ^j C_{j−1} ρ_j + γ^{h+1} C_h Q̄_l(s_h, a_h)   for all (m, r', l)                 (2)
+    y   = Σ_h w_h mean T_h,   w_h ∝ 1 / (Var T_h + 1e-8)                                               (3)
+    L_Q = mean ½ (Q_l(s, a) − y)²,   each transition with one critic l                                 (4)
+    L_π = −mean Q_l(s, π(s)) + 0.001 mean μ(s)²,   over all l;  π = tanh μ                             (5)
+    L_f = mean ½ ‖s' − s − f_m‖² + ½ (r − ρ_r')² + cross-entropy(d, g_m) + 1e-4 Σ ½ w²,  one member each  (6)
+    Q̄   ← Q̄ + τ (Q − Q̄),   τ = 1, every 500 updates                                                 (7)
+    a   = tanh(μ(s) + ε) in each dimension with probability 0.05, else π(s)                            (8)
+
+There is no slow actor. H = 0 is DDPG with a mean over critics. --reduction has the paper's other ways from
+T_h to y; --tdk regresses the critics at imagined pairs too, which with --reduction last is MVE.
+
+    python algos/steve.py
+    python algos/steve.py --env-id Hopper-v5 --total-timesteps 100_000 --preset released
+    python algos/steve.py --resume runs/<run>      # goes on where it stopped, in the same bits
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGO = Path(__file__).stem
+CHECKPOINT_FORMAT = 1
+SIGNALS = []  # SIGINT or SIGTERM, once received
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Natural = Annotated[int, (0, 2**31 - 1)]
+Width = Annotated[int, (1, 65_536)]
+Fraction = Annotated[float, (0, 1)]
+Rate = Annotated[float, (0, math.inf)]
+
+
+class BadInput(ValueError):
+    """The user's mistake: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check_ranges(args: object) -> None:
+    """Raise BadInput for the first field outside the range in its annotation, or not finite."""
+    for field in dataclasses.fields(args):
+        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
+        for low, high in limits or [(-math.inf, math.inf)] * isinstance(value, float):
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            allowed = "finite" if low == -math.inf else allowed
+            require(low <= value <= high and math.isfinite(value), field.name, value, allowed)
+
+
+@dataclass
+class Run:
+    """The task, the loop around the agent and what it leaves on disk; the same in every file."""
+
+    env_id: str = "InvertedPendulum-v5"
+    """Gymnasium id; package.module:Name-v0 imports the module that registers it."""
+    seed: Natural = 1
+    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
+    total_timesteps: Count = 10_000
+    """Environment steps, warm-up included."""
+    learning_starts: Count = 1_000
+    """Uniformly random actions before the first update (SAC's authors: 1 000 to 10 000)."""
+    batch_size: Count = 256
+    """Transitions per update (Haarnoja et al. 2018)."""
+    buffer_size: Count = 1_000_000
+    """Replay capacity in transitions (Haarnoja et al. 2018); at most total_timesteps are allocated."""
+    eval_every: Count = 1_000
+    """Steps between evaluations (ours, for short tasks; 5 000 is the custom for runs of a million)."""
+    eval_episodes: Count = 10
+    """Episodes per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)."""
+    log_every: Count = 100
+    """Steps between TensorBoard points; only then are metrics read and checked to be finite (ours)."""
+    checkpoint_every: Count = 5_000
+    """Steps after which the next episode's end writes a checkpoint (ours)."""
+    runs_dir: str = "runs"
+    """Parent of the run folders."""
+    resume: str = ""
+    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    num_threads: Annotated[int, (1, 1024)] = 2
+    """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        warm_up = f"at most --learning-starts {self.learning_starts} (the first batch comes from the warm-up)"
+        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
+        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
+        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
+        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
+        usable = self.device != "cuda" or torch.cuda.is_available()
+        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
+
+    @classmethod
+    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
+        """Every argument where the command line says nothing; argv matters to files that have presets."""
+        return dataclasses.asdict(cls())
+
+
+SIZES_RELEASED = {
+    "updates_per_step": 4,
+    "batch_size": 512,
+    "learning_starts": 10_000,
+    "model_warm_up": 10_000,
+}
+SIZES_RELEASED |= {"total_timesteps": 100_000}
+SIZES_RELEASED |= {"model_layers": 7, "model_hidden": 512, "buffer_size": 1_000_000}
+
+
+@dataclass
+class STEVE:
+    """Stochastic ensemble value expansion."""
+
+    preset: Literal["laptop", "released"] = "laptop"
+    """released: networks, batch and updates of the released code; any flag overrides it."""
+    gamma: Fraction = 0.99
+    """Discount factor γ (released)."""
+    tau: Fraction = 1.0
+    """Polyak step τ of the slow critics (released: a copy)."""
+    target_interval: Count = 500
+    """Updates between two such steps (released)."""
+    actor_lr: Rate = 3e-4
+    """Adam step size of the actor (released)."""
+    critic_lr: Rate = 3e-4
+    """Adam step size of the critics (released)."""
+    hidden: Width = 128
+    """Units in each of three hidden layers of actor, critics, reward and termination models (released)."""
+    updates_per_step: Count = 1
+    """Gradient steps of each kind per environment step (ours, for laptops; released: 4)."""
+    explore_chance: Fraction = 0.05
+    """Probability, by dimension, of noise before the tanh (released, whose code then reads another name)."""
+    mean_penalty: Rate = 1e-3
+    """Weight of μ² in (5) (released)."""
+
+
+@dataclass
+class EnsembleTargets:
+    """Ensembles, and how their candidates become a target."""
+
+    horizon: Natural = 3
+    """Imagined steps H of the longest target (released); 0 is model-free."""
+    reduction: Literal["stev", "mean", "last", "td-lambda", "covariance"] = "stev"
+    """Over horizons: inverse variance (3), mean, the longest, λ-return, inverse covariance (ablations)."""
+    td_lambda: Fraction = 0.25
+    """λ of --reduction td-lambda (Buckman et al. 2018: 0.25 and 0.75)."""
+    tdk: bool = False
+    """Regress critics at imagined pairs too, with --reduction last (MVE in Buckman et al. 2018)."""
+    critics: Count = 4
+    """Critics L (released)."""
+    members: Annotated[int, (1, 1024)] = 4
+    """Transition models M, each with its termination model (released)."""
+    reward_members: Annotated[int, (1, 1024)] = 4
+    """Reward models R (released)."""
+    model_layers: Annotated[int, (1, 64)] = 4
+    """Hidden layers of a transition model (ours, for laptops; released: 7)."""
+    model_hidden: Width = 128
+    """Units in each hidden layer of the model (ours, for laptops; released: 512)."""
+    model_lr: Rate = 3e-4
+    """Adam step size of all models (released)."""
+    model_warm_up: Natural = 1_000
+    """Model updates before the first critic update (ours, for laptops; released: 10 000)."""
+    weight_decay: Rate = 1e-4
+    """Weight of ½ w² in (6), biases too (released)."""
+
+
+@dataclass
+class Args(Run, STEVE, EnsembleTargets):
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        most = max(self.critics, self.members, self.reward_members)
+        require(
+            self.batch_size >= most, "batch_size", self.batch_size, f"at least {most}, one for each member"
+        )
+        require(not self.tdk or self.reduction == "last", "tdk", self.tdk, "off but for --reduction last")
+
+    @classmethod
+    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
+        """The dataclass's defaults, then the preset's that argv names."""
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        peek.add_argument("--preset", nargs="?", default=cls.preset)
+        released = peek.parse_known_args(argv)[0].preset == "released"
+        return dataclasses.asdict(cls()) | (SIZES_RELEASED if released else {})
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
+
+    Each member starts like nn.Linear: U(±1/√inputs).
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """With `frozen` the weights are constants: the gradient flows to x alone."""
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
+            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
+
+
+class StackedLayerNorm(nn.Module):
+    """Layer normalisation with a gain and a bias of its own for each member: [members, B, width]."""
+
+    def __init__(self, members: int, width: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(members, 1, width))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        gain, bias = (self.gain.detach(), self.bias.detach()) if frozen else (self.gain, self.bias)
+        return F.layer_norm(x, x.shape[2:]) * gain + bias
+
+
+class StackedMLP(nn.Module):
+    """Members of one shape in parallel: [members or 1, B, inputs] -> [members, B, outputs]."""
+
+    def __init__(self, members: int, sizes: list[int], layer_norm: bool):
+        super().__init__()
+        self.members = members
+        self.layers = nn.ModuleList(StackedLinear(members, *size) for size in pairwise(sizes))
+        widths = sizes[1:-1] if layer_norm else []
+        self.norms = nn.ModuleList(StackedLayerNorm(members, width) for width in widths)
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """With `frozen` the weights are constants: the gradient flows to x alone."""
+        x = x.expand(self.members, -1, -1)
+        for i, layer in enumerate(self.layers[:-1]):
+            x = layer(x, frozen)
+            x = self.norms[i](x, frozen).relu() if self.norms else x.relu_()
+        return self.layers[-1](x, frozen)
+
+
+class QFunctions(StackedMLP):
+    """Action values: obs [B, n], action [B, m] -> [members, B]."""
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        return super().forward(torch.cat([obs, action], 1), frozen).squeeze(2)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
+
+    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)
+        most = int(0.9 * available_memory(device) / row_bytes)
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
+def glorot(module: nn.Module) -> None:
+    """Weights U(±√(6 / (inputs + outputs))), biases 0 (Plappert et al. 2018)."""
+    for layer in module.layers:
+        bound = math.sqrt(6 / sum(layer.weight.shape[1:]))
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+
+
+def deal(rows: int, members: int, device: torch.device) -> Tensor:
+    """Each of `rows` to one of the members, at random and evenly: places [members, rows // members]."""
+    return torch.randperm(rows, device=device)[: rows // members * members].view(members, -1)
+
+
+def candidates(reward: Tensor, rewards: Tensor, alive: Tensor, q: Tensor, gamma: float) -> Tensor:
+    """(2): reward [B], rewards ρ_1 .. ρ_H [H, M, R, B], C_0 .. C_H [H + 1, M, B], Q̄ [H + 1, M, L, B].
+
+    Returns T [H + 1, M, R, L, B]; H may be 0, then R is 1.
+    """
+    horizon = len(q) - 1
+    assert alive.shape == (*q.shape[:2], q.shape[3]) and rewards.shape[::3] == (horizon, q.shape[3])
+    size = (q.shape[1], rewards.shape[2] if horizon else 1, q.shape[2], q.shape[3])
+    total = reward.expand(size)
+    found = [total + gamma * (alive[0][:, None, None] * q[0][:, None])]
+    for h in range(1, horizon + 1):
+        total = total + gamma**h * (alive[h - 1][:, None] * rewards[h - 1])[:, :, None]
+        found.append(total + gamma ** (h + 1) * (alive[h][:, None, None] * q[h][:, None]))
+    return torch.stack([t.expand(size) for t in found])
+
+
+def horizon_weights(targets: Tensor, reduction: str, td_lambda: float) -> Tensor:
+    """(3): targets [H + 1, S, B], S samples each -> weights [H + 1, B], which sum to 1."""
+    count, _, batch = targets.shape
+    if reduction == "stev":
+        weights = 1 / (targets.var(1, correction=0) + 1e-8)  # (3)
+        return weights / weights.sum(0)
+    if reduction == "covariance":
+        apart = targets - targets.mean(1, keepdim=True)
+        matrix = torch.einsum("isb,jsb->bij", apart, apart) + 1e-3 * torch.eye(
+            count, dtype=targets.dtype, device=targets.device
+        )
+        weights = torch.linalg.solve(matrix, torch.ones_like(matrix[:, :, :1]))[..., 0].T
+        return weights / weights.sum(0)
+    by_horizon = {
+        "mean": [1 / count] * count,
+        "last": [0.0] * (count - 1) + [1.0],
+        "td-lambda": [(1 - td_lambda) * td_lambda**h for h in range(count - 1)] + [td_lambda ** (count - 1)],
+    }[reduction]
+    return torch.tensor(by_horizon, dtype=targets.dtype, device=targets.device)[:, None].expand(count, batch)
+
+
+def half_squared_error(q: Tensor, target: Tensor) -> Tensor:
+    """(4): mean ½ (Q − y)² of equal shapes -> scalar."""
+    assert q.shape == target.shape
+    return 0.5 * (q - target).square().mean()
+
+
+class Imagination(NamedTuple):
+    """H imagined steps of M models from B states."""
+
+    obs: Tensor  # [H + 1, M, B, n]
+    action: Tensor  # [H + 1, M, B, m]
+    rewards: Tensor  # ρ_1 .. ρ_H [H, M, R, B]
+    alive: Tensor  # C_0 .. C_H [H + 1, M, B]
+
+
+class Agent:
+    """Deterministic actor, ensembles of critics and of models, slow copies of the critics."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.device, self.sizes = args, device, (obs_dim, action_dim)
+        hidden, both = [args.hidden] * 3, obs_dim + action_dim
+        self.actor = StackedMLP(1, [obs_dim, *hidden, action_dim], layer_norm=False).to(device)
+        self.critic = QFunctions(args.critics, [both, *hidden, 1], layer_norm=False).to(device)
+        glorot(self.actor)
+        glorot(self.critic)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        groups = [
+            {"params": list(self.actor.parameters()), "lr": args.actor_lr},
+            {"params": list(self.critic.parameters()), "lr": args.critic_lr},
+        ]
+        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for both is faster
+        if args.horizon == 0:
+            return
+        wide, parts = [args.model_hidden] * args.model_layers, 2 * obs_dim + action_dim
+        self.transition = StackedMLP(args.members, [both, *wide, obs_dim], layer_norm=False).to(device)
+        self.termination = StackedMLP(args.members, [parts, *hidden, 1], layer_norm=False).to(device)
+        self.rewards = StackedMLP(args.reward_members, [parts, *hidden, 1], layer_norm=False).to(device)
+        models = (self.transition, self.termination, self.rewards)
+        for model in models:
+            glorot(model)
+        parameters = [p for model in models for p in model.parameters()]
+        self.model_optimizer = optim.Adam(
+            parameters, lr=args.model_lr, weight_decay=args.weight_decay, fused=True
+        )
+
+    def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
+        """The replay that `train` fills with steps of env."""
+        return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1], with the noise of (8) or without."""
+        mean = self.actor(torch.as_tensor(obs, device=self.device)[None])[0, 0]
+        if not deterministic:
+            noisy = torch.rand_like(mean) < self.args.explore_chance
+            mean = mean + noisy * torch.randn_like(mean)  # (8)
+        return mean.tanh().cpu().numpy()
+
+    def imagine_all(self, obs: Tensor, terminated: Tensor, horizon: int) -> Imagination:
+        """(1): obs [B, n], terminated [B]; each model keeps to its own trajectory."""
+        members = self.args.members if horizon else 1
+        x = obs.expand(members, -1, -1)
+        alive = [(1 - terminated).expand(members, -1)]
+        states, actions, rewards = [x], [self.choose(x)], []
+        for _ in range(horizon):
+            next_x = x + self.transition(torch.cat([x, actions[-1]], 2))
+            step = torch.cat([next_x, x, actions[-1]], 2)
+            ended = self.termination(step).squeeze(2).sigmoid()
+            paid = self.rewards(step.flatten(0, 1)[None]).view(-1, members, len(obs))  # every pair (r', m)
+            x = next_x
+            states.append(x)
+            actions.append(self.choose(x))
+            rewards.append(paid.transpose(0, 1))
+            alive.append(alive[-1] * (1 - ended))
+        none = torch.zeros(0, members, 1, len(obs), device=self.device)
+        paid = torch.stack(rewards) if rewards else none
+        return Imagination(torch.stack(states), torch.stack(actions), paid, torch.stack(alive))
+
+    def choose(self, obs: Tensor) -> Tensor:
+        """π at obs [M, B, n] -> [M, B, m]."""
+        return self.actor(obs.flatten(0, 1)[None])[0].tanh().view(*obs.shape[:2], -1)
+
+    def judge_all(self, imagined: Imagination) -> Tensor:
+        """Q̄ of all critics at all imagined pairs: [H + 1, M, L, B]."""
+        steps, members, batch = imagined.obs.shape[:3]
+        q = self.critic_target(imagined.obs.flatten(0, 2), imagined.action.flatten(0, 2))
+        return q.view(-1, steps, members, batch).permute(1, 2, 0, 3)
+
+    def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """The gradient steps of one environment step, the models' first. Metrics stay tensors."""
+        args, gamma, metrics = self.args, self.args.gamma, {}
+        first = step == args.learning_starts + 1
+        for k in range(args.updates_per_step):
+            for _ in range(1 + args.model_warm_up * (first and k == 0) if args.horizon > 0 else 0):
+                metrics = self.fit_ensembles(buffer)
+            batch = buffer[buffer.sample(args.batch_size)]
+            with torch.no_grad():
+                imagined = self.imagine_all(batch.next_obs, batch.terminated, args.horizon)  # (1)
+                q_end = self.judge_all(imagined)
+                found = candidates(batch.reward, imagined.rewards, imagined.alive, q_end, gamma).flatten(
+                    1, 3
+                )  # (2)
+                weights = horizon_weights(found, args.reduction, args.td_lambda)  # (3)
+                target = (weights * found.mean(1)).sum(0)  # (3)
+            dealt = deal(args.batch_size, args.critics, self.device)
+            q = self.pair_values(batch.obs[dealt], batch.action[dealt])
+            critic_loss = half_squared_error(q, target[dealt])  # (4)
+            if args.tdk and args.horizon > 0:
+                critic_loss = (critic_loss + self.tdk_losses(imagined, q_end)) / (args.horizon + 1)
+            mean = self.actor(batch.obs)[0]
+            actor_loss = -self.critic(batch.obs, mean.tanh(), frozen=True).mean()
+            actor_loss = actor_loss + args.mean_penalty * mean.square().mean()  # (5)
+
+            self.optimizer.zero_grad()
+            (critic_loss + actor_loss).backward()  # no parameter is in both
+            self.optimizer.step()
+            if (
+                (step - args.learning_starts - 1) * args.updates_per_step + k + 1
+            ) % args.target_interval == 0:
+                polyak(self.critic_target, self.critic, args.tau)  # (7)
+        metrics |= {f"expansion/weight_{h}": w.mean() for h, w in enumerate(weights)}
+        metrics |= {f"expansion/target_mean_{h}": t.mean() for h, t in enumerate(found)}
+        metrics |= {f"expansion/deviation_{h}": t.std(0, correction=0).mean() for h, t in enumerate(found)}
+        return metrics | {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+        }
+
+    def pair_values(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Critic l at its own pairs: obs [L, B, n], action [L, B, m] -> [L, B]."""
+        return StackedMLP.forward(self.critic, torch.cat([obs, action], 2)).squeeze(2)
+
+    def tdk_losses(self, imagined: Imagination, q_end: Tensor) -> Tensor:
+        """(4) at the imagined pairs s_0 .. s_{H−1}, on what remains of the longest target from there, as
+        probably as they are reached; sum over steps."""
+        gamma, horizon, total = self.args.gamma, self.args.horizon, 0.0
+        alive, paid, value = imagined.alive, imagined.rewards.mean(2), q_end[-1].mean(1)  # over r' and l
+        value = (alive[-1] / (alive[-2] + 1e-8)) * value
+        for j in reversed(range(horizon)):
+            target = paid[j] + gamma * value  # of the pair (s_j, a_j), given that s_j is reached: [M, B]
+            dealt = deal(target.numel(), self.args.critics, self.device)
+            pairs = (x[j].flatten(0, 1)[dealt] for x in (imagined.obs, imagined.action))
+            error = self.pair_values(*pairs) - target.flatten()[dealt]
+            total = total + 0.5 * (alive[j].flatten()[dealt] * error.square()).mean()
+            if j > 0:
+                value = (alive[j] / (alive[j - 1] + 1e-8)) * target
+        return total
+
+    def fit_ensembles(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
+        """One gradient step (6) of all models; each transition trains one member of each kind."""
+        args = self.args
+        batch = buffer[buffer.sample(args.batch_size)]
+        before = torch.cat([batch.obs, batch.action], 1)
+        after = torch.cat([batch.next_obs, before], 1)
+        at = deal(args.batch_size, args.members, self.device)
+        error = (batch.next_obs - batch.obs)[at] - self.transition(before[at])
+        transition_loss = 0.5 * error.square().sum(2).mean()
+        at = deal(args.batch_size, args.reward_members, self.device)
+        reward_loss = half_squared_error(self.rewards(after[at]).squeeze(2), batch.reward[at])
+        at = deal(args.batch_size, args.members, self.device)
+        logit = self.termination(after[at]).squeeze(2)
+        termination_loss = F.binary_cross_entropy_with_logits(logit, batch.terminated[at])
+        self.model_optimizer.zero_grad()
+        (transition_loss + reward_loss + termination_loss).backward()  # (6), its decay in Adam
+        self.model_optimizer.step()
+        losses = {"transition": transition_loss, "reward": reward_loss, "termination": termination_loss}
+        return {f"model/{name}_loss": loss.detach() for name, loss in losses.items()}
+
+    def state_dict(self) -> dict:
+        """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
+        parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
+        return {k: v.detach() if isinstance(v, Tensor) else v.state_dict() for k, v in parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            part = getattr(self, name)
+            part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, TypeError):  # Linux
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
+
+    Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
+    """
+    try:
+        render = {} if video_dir is None else {"render_mode": "rgb_array"}
+        env = gym.make(env_id, disable_env_checker=True, **render)
+        if video_dir is not None:
+            env.reset()
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
+    except Exception as error:  # tasks and renderers fail in many ways
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
+        require(False, "env_id", env_id, f"a task that can be made: {why}")
+    space, box = env.observation_space, env.action_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
+    continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    bounded = continuous and box.is_bounded() and (box.low < box.high).all()
+    require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
+    clip = lambda action: np.clip(action, flat.low, flat.high).reshape(box.shape)  # noqa: E731  rounding overshoots
+    env = gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), clip, flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def finite(step: int, name: str, value) -> np.ndarray:
+    """The task's number or array as float32. Raises BadInput if it is not finite."""
+    with np.errstate(over="ignore"):
+        result = np.asarray(value, np.float32)
+    if not np.isfinite(result).all():
+        raise BadInput(f"step {step}: the task's {name} must be finite in float32, got {value}")
+    return result
+
+
+def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
+    """env.step as float32 and float. Raises RunFailed or BadInput if agent or task is not finite."""
+    if not np.isfinite(action).all():
+        raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
+    obs, reward, terminated, truncated, _ = env.step(action)
+    finite(step, "reward", reward)
+    return finite(step, "observation", obs), float(reward), bool(terminated), bool(truncated)
+
+
+def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
+    """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
+    env, returns, lengths = make_env(args.env_id, video_dir), [], []
+    for episode in range(args.eval_episodes):
+        if SIGNALS:
+            raise SystemExit(128 + SIGNALS[0])
+        obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
+        obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
+        while not done:
+            obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
+            episode_return, length, done = episode_return + reward, length + 1, terminated or truncated
+        returns.append(episode_return)
+        lengths.append(length)
+    env.close()
+    stats = {"return_mean": np.mean(returns), "return_std": np.std(returns), "length_mean": np.mean(lengths)}
+    return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
+
+
+def write_atomically(path: Path, write, keep: Path | None = None) -> None:
+    """write(file), fsync, rename: path holds old bytes or new, `keep` then the old. Raises RunFailed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error}") from error
+
+
+def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows), ""]
+    write_atomically(run_dir / "eval.csv", lambda file: file.write("\n".join(lines).encode()))
+
+
+def write_args(run_dir: Path, args: "Args") -> None:
+    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
+    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version()}
+    for name in ("torch", "numpy", "gymnasium", "mujoco"):
+        with contextlib.suppress(PackageNotFoundError):
+            record[name] = version(name)
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        record["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        record["git_commit"] = None
+    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
+    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]:
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            name = ".".join(str(getattr(key, "key", key)) for key in keys)
+            raise RunFailed(f"step {state['step']}: {name} is not finite")
+    write_atomically(path, lambda file: torch.save(state, file), path.with_suffix(".previous.pt"))
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():  # killed between the two renames of save_checkpoint
+        path = path.with_suffix(".previous.pt")
+    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = (state["algo"], state["format"])
+    except Exception as error:  # damaged files raise many types
+        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
+        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
+    ours = f"a run of {ALGO}, format {CHECKPOINT_FORMAT}"
+    require(
+        found == (ALGO, CHECKPOINT_FORMAT), "resume", run_dir, f"{ours}, not {found[0]}, format {found[1]}"
+    )
+    return state
+
+
+@contextlib.contextmanager
+def staged(run_dir: Path):
+    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
+    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
+    try:
+        try:
+            hidden.mkdir(parents=True)
+        except OSError as error:
+            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
+        yield hidden
+        hidden.rename(run_dir)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in parents:
+                parent.rmdir()
+        raise
+
+
+def train(args: "Args") -> Path:
+    """Start or resume a run and return its folder.
+
+    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
+    """
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    env = make_env(args.env_id)
+    env.reset(seed=args.seed)
+    task_rng = env.unwrapped.np_random.bit_generator
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(args, *dims, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
+    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
+
+    def seconds() -> float:
+        return round(seconds_before + time.perf_counter() - started, 2)
+
+    def evaluate_into(folder: Path) -> None:
+        row = evaluate(agent, args, step, folder / "videos" / f"step-{step}" if args.capture_video else None)
+        rows.append(row | {"seconds": seconds()})
+        write_evaluations(folder, rows)
+        tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")
+
+    def save(path: Path) -> None:
+        """At an episode's end the task's state is its generator alone, so resuming is exact."""
+        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
+        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
+
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = load_checkpoint(run_dir)
+        for name, value in saved["args"].items():
+            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
+            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
+            require(given == value or name == "resume" or longer, name, given, allowed)
+        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
+            print(f"{run_dir} is complete: {args.total_timesteps} steps")
+            return run_dir
+        written_on = "cpu" if saved["cuda_rng"] is None else "cuda"
+        require(written_on == device.type, "device", device.type, f"{written_on} as in {run_dir}")
+        try:
+            agent.load_state_dict(saved["agent"])
+            buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {run_dir}: must fit the task as it is now: {error}") from error
+        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
+        torch.set_rng_state(saved["torch_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        task_rng.state = json.loads(saved["task_rng"])
+        (run_dir / "final.pt").unlink(missing_ok=True)
+        write_args(run_dir, args)
+        write_evaluations(run_dir, rows)
+        print(f"resuming {run_dir} at step {step}")
+        del saved
+    else:
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
+        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
+            evaluate_into(folder)
+            write_args(folder, args)
+            save(folder / "checkpoint.pt")
+
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else 0)
+    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def log(scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
+            writer.add_scalar(name, value, step)
+
+    def log_evaluation() -> None:
+        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
+
+    last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
+    try:
+        if step == 0:
+            log_evaluation()
+        obs = finite(step, "observation", env.reset()[0])
+        while step < args.total_timesteps:
+            if SIGNALS:
+                raise SystemExit(128 + SIGNALS[0])
+            step += 1
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated = take_step(env, action, step)
+            buffer.add(obs, action, reward, next_obs, terminated, episode)
+            obs, episode_return = next_obs, episode_return + reward
+            metrics = {} if warm_up else agent.update(buffer, step)
+            bar.update()
+
+            if step % args.log_every == 0:
+                speed = (step - last_log) / (time.perf_counter() - last_time)
+                log(metrics | {"charts/SPS": speed, "time/seconds": seconds()})
+                last_log, last_time = step, time.perf_counter()
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                before = time.perf_counter()
+                evaluate_into(run_dir)
+                log_evaluation()
+                log({"time/evaluation": time.perf_counter() - before})
+                last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
+            if terminated or truncated:
+                length = step - episode_start
+                log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+                bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
+                episode, episode_return, episode_start = episode + 1, 0.0, step
+                if step - last_save >= args.checkpoint_every and step < args.total_timesteps:
+                    writer.flush()
+                    save(run_dir / "checkpoint.pt")
+                    last_save = step
+                obs = finite(step, "observation", env.reset()[0])
+        writer.flush()
+        save(run_dir / "final.pt")
+    except SystemExit:
+        again = f"python {sys.argv[0]} --resume {run_dir}"
+        bar.close()
+        print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+        writer.close()
+        env.close()
+    print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
+    return run_dir
+
+
+def parse(argv: list[str] | None = None) -> "Args":
+    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
+
+    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume", nargs="?")
+    resume, defaults = peek.parse_known_args(argv)[0].resume, Args.defaults(argv)
+    if resume:
+        try:
+            defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"--resume {resume}: must be a run folder with a readable args.json") from error
+    values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+    groups = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in Args.__bases__]
+    flags, box = dataclasses.make_dataclass("Flags", groups), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+        text = " ".join(line for line in lines if line.strip("-"))
+        text = re.split(" Argument helptext| For full helptext", text)[0]
+        raise BadInput(re.sub(r"^Error parsing \w+: ", "", text)) from None
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def stop_after_this_step(number: int, _: object) -> None:
+    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
+    os.write(2, b"stopping; once more to kill\n")
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def main(learn) -> None:
+    sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
+        ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_after_this_step)
+    try:
+        learn(parse())
+    except (BadInput, RunFailed, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__":
+    main(train)

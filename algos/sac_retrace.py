@@ -808,7 +808,7 @@ def stop_after_this_step(number: int, _: object) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def main() -> None:
+def main(learn) -> None:
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
         ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
@@ -816,11 +816,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_this_step)
     try:
-        train(parse())
+        learn(parse())
     except (BadInput, RunFailed, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    main(train)

@@ -21,11 +21,28 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(100_000)
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+EPISODIC = [n for n in ALGOS if "def train_episodic" in (ROOT / "algos" / f"{n}.py").read_text()]
+STEPWISE = [n for n in ALGOS if n not in EPISODIC]
+# The loop is one text in all files (test_family): one of each kind is killed, starved and misled, and with
+# FARSIGHT_ALL=1 every one.
+LOOPS = ALGOS if os.environ.get("FARSIGHT_ALL") else ["sac", "sac_mve", *EPISODIC]
+PARENTS = {n: n.split("_")[0] for n in STEPWISE if "_" in n}  # --horizon 0 of the first is the second
 TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16}
 TINY |= {"hidden": 16, "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70}
 TINY |= {"num-threads": 1, "device": "cpu"}
 TINY_MODEL = {"model-hidden": 16, "model-layers": 2, "model-warm-up": 5, "normalize-every": 50}
-TINY_MODEL |= {"diagnose-every": 40, "expansion-starts": 60, "sequence-batch": 16}
+TINY_MODEL |= {"model-batch": 16, "diagnose-every": 40, "expansion-starts": 60, "sequence-batch": 16}
+TINY_MODEL |= {"fit-steps": 6, "fit-epochs": 2, "mle-decay": 300}
+TINY_MODEL |= {"rollout-batch": 50, "model-interval": 25, "model-epochs": 3, "epoch-length": 50, "elites": 2}
+TINY_MODEL |= {"rollout-length-max": 4, "growth-starts": 1, "growth-ends": 4}
+TINY_MODEL |= {"target-interval": 50, "updates-per-step": 1}
+TINY_GOAL = {"env-id": "TorqueBall-v0", "num-envs": 2, "updates-per-cycle": 12, "members": 3, "horizon": 3}
+TINY_GOAL |= {"model-updates": 3, "model-ready": 100}
+
+
+def family_of(base: str) -> list[str]:
+    """The base learner's file and those built on it."""
+    return [name for name in STEPWISE if PARENTS.get(name, name) == base]
 
 
 def load(name: str, path: Path | None = None):
@@ -38,9 +55,16 @@ def load(name: str, path: Path | None = None):
 
 
 def sizes(name: str) -> dict[str, object]:
-    """TINY, and of TINY_MODEL the flags that the file has."""
+    """Of TINY and TINY_MODEL the flags that the file has, and TINY_GOAL for goal tasks."""
     have = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
-    return TINY | {flag: value for flag, value in TINY_MODEL.items() if flag in have}
+    wanted = TINY | TINY_MODEL | (TINY_GOAL if name in EPISODIC else {})
+    return {flag: value for flag, value in wanted.items() if flag in have}
+
+
+def learner(name: str):
+    """The file's train, or train_episodic."""
+    module = load(name)
+    return module.train_episodic if name in EPISODIC else module.train
 
 
 def tiny(name: str, *flags: object) -> list[str]:
@@ -52,8 +76,7 @@ def tiny(name: str, *flags: object) -> list[str]:
 
 def run(name: str, folder: Path, *flags: object) -> Path:
     """Train in this process; returns the run folder."""
-    module = load(name)
-    return module.train(module.parse(tiny(name, "--runs-dir", folder, *flags)))
+    return learner(name)(load(name).parse(tiny(name, "--runs-dir", folder, *flags)))
 
 
 def command(name: str, *flags: object) -> list[str]:
@@ -114,4 +137,34 @@ def quiet_state(monkeypatch):
 
 @pytest.fixture(params=ALGOS)
 def algo(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=LOOPS)
+def loop(request) -> str:
+    """A file that stands for all with its loop."""
+    return request.param
+
+
+@pytest.fixture(params=[name for name in LOOPS if name in STEPWISE])
+def step_loop(request) -> str:
+    """The same, of those with the loop over single steps."""
+    return request.param
+
+
+@pytest.fixture(params=STEPWISE)
+def stepwise(request) -> str:
+    """A file with the loop over single steps."""
+    return request.param
+
+
+@pytest.fixture(params=[name for name in family_of("sac") if name != "sac_vaml"])
+def replayed(request) -> str:
+    """A file built on SAC whose critics, at H = 0, bootstrap from replayed states."""
+    return request.param
+
+
+@pytest.fixture(params=family_of("sac"))
+def soft(request) -> str:
+    """A file built on SAC."""
     return request.param

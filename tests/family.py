@@ -6,7 +6,7 @@
     python tests/family.py --sync sac.py               # every block of sac.py
 
 A block is a top-level function, class or constant, or a method of Agent. Free to differ: Args, Agent as a
-whole, and the methods in OWN, which are the algorithm itself.
+whole, and the methods in OWN, which are the algorithm itself. Those in OF_A_BASE differ between bases.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
 OWN = {"Args", "Agent", "Agent.__init__", "Agent.make_buffer", "Agent.update"}
+OF_A_BASE = {"Agent.act"}  # the same in all files whose names begin alike: sac.., ddpg.., td3..
 
 
 def blocks(source: str) -> dict[str, tuple[int, int]]:
@@ -42,7 +43,11 @@ def texts(path: Path) -> dict[str, str]:
     """Name -> source of every block that must be the same everywhere."""
     source = path.read_text()
     lines = source.splitlines()
-    return {name: "\n".join(lines[a:b]) for name, (a, b) in blocks(source).items() if name not in OWN}
+    base = path.stem.split("_")[0]
+    named = {
+        f"{name} of {base}" if name in OF_A_BASE else name: place for name, place in blocks(source).items()
+    }
+    return {name: "\n".join(lines[a:b]) for name, (a, b) in named.items() if name not in OWN}
 
 
 def differences(paths: list[Path]) -> list[str]:
@@ -64,7 +69,7 @@ def sync(source: Path, name: str, paths: list[Path]) -> list[str]:
     for path in paths:
         old = path.read_text()
         if path != source and name in texts(path):
-            first, last = blocks(old)[name]
+            first, last = blocks(old)[name.split(" of ")[0]]
             lines = old.split("\n")
             lines[first:last] = text
             if (new := "\n".join(lines)) != old:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs.arguments import arguments
-from tests.conftest import ALGOS, ROOT, load, run, scalars
+from tests.conftest import ALGOS, PARENTS, ROOT, learner, load, run, scalars
 from tests.conftest import sizes as tiny_sizes
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -46,10 +46,10 @@ def test_documented_runs_run(page, line, tmp_path):
     elif "--resume" in words:
         folder = run(name, tmp_path)
         (folder / "final.pt").unlink()
-        assert module.train(module.parse(["--resume", str(folder)])) == folder
+        assert learner(name)(module.parse(["--resume", str(folder)])) == folder
     else:
         flags = [*shrink(words[2:], sizes), "--runs-dir", str(tmp_path)]
-        assert (module.train(module.parse(flags)) / "final.pt").exists()
+        assert (learner(name)(module.parse(flags)) / "final.pt").exists()
 
 
 @pytest.mark.parametrize(("page", "line"), commands("./benchmark.sh"))
@@ -89,16 +89,19 @@ def test_argument_tables_are_the_codes(algo):
     """Whatever Args says is on the page; a file's parents' groups may be linked instead."""
     page = (ROOT / "docs" / f"{algo}.md").read_text()
     parts = re.split(r"\n\n(?=\*\*)", arguments(algo))
-    inherited = {re.split(r"\n\n(?=\*\*)", arguments("sac"))[i] for i in range(2)}
+    parent = PARENTS.get(algo, "sac")  # whose page holds what belongs to the loop
+    inherited = re.split(r"\n\n(?=\*\*)", arguments("sac")) if algo != "sac" else []
+    inherited += re.split(r"\n\n(?=\*\*)", arguments(parent))[:2] if algo in PARENTS else []
     for part in parts:
-        assert part in page or (algo != "sac" and part in inherited), part.splitlines()[0]
+        assert part in page or part in inherited, part.splitlines()[0]
 
 
 def test_every_metric_is_explained(algo, tmp_path):
-    """Each TensorBoard tag of a run is in the page of its file or of sac.py."""
-    text = (ROOT / "docs" / f"{algo}.md").read_text() + (ROOT / "docs" / "sac.md").read_text()
+    """Each TensorBoard tag of a run is in the page of its file, of its parent or of sac.py."""
+    text = "".join((ROOT / "docs" / f"{n}.md").read_text() for n in {algo, PARENTS.get(algo, algo), "sac"})
     for tag in scalars(run(algo, tmp_path)):
-        general = re.sub(r"error_\d+", "error_k", re.sub(r"target_mean_\d+", "target_mean_h", tag))
+        general = re.sub(r"(error|accuracy)_\d+", r"\1_k", tag)
+        general = re.sub(r"(target_mean|weight|deviation)_\d+", r"\1_h", general)
         assert f"`{general}`" in text, tag
 
 

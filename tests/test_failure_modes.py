@@ -81,30 +81,30 @@ def test_the_table_is_complete():
             assert f"test_{test}" in {n.name for n in source.body if isinstance(n, ast.FunctionDef)}, place
 
 
-def test_01_time_limit_is_not_a_termination(algo, tmp_path):
+def test_01_time_limit_is_not_a_termination(step_loop, tmp_path):
     """Twenty-step episodes that only the time limit ends: not one stored termination."""
-    data = replay(algo, tmp_path, "tests.tasks:LQR-v0")
+    data = replay(step_loop, tmp_path, "tests.tasks:LQR-v0")
     assert torch.bincount(data["episode"]).tolist() == [20] * 15
     assert data["terminated"].sum() == 0
 
 
-def test_02_termination_on_the_last_allowed_step(algo, tmp_path):
+def test_02_termination_on_the_last_allowed_step(step_loop, tmp_path):
     """terminated and truncated together: a termination."""
-    data = replay(algo, tmp_path, "tests.tasks:LastStep-v0")
+    data = replay(step_loop, tmp_path, "tests.tasks:LastStep-v0")
     assert data["terminated"].view(60, 5).tolist() == [[0, 0, 0, 0, 1]] * 60
 
 
-def test_03_reset_observation_is_never_a_successor(algo, tmp_path):
+def test_03_reset_observation_is_never_a_successor(step_loop, tmp_path):
     """Every reset shows 1000: it is the first s of each episode and never an s'."""
-    data = replay(algo, tmp_path, "tests.tasks:NoisyReset-v0")
+    data = replay(step_loop, tmp_path, "tests.tasks:NoisyReset-v0")
     assert (data["obs"] == 1000).sum() == 15
     assert data["next_obs"].abs().max() < 100
 
 
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Pusher-v5", "Pendulum-v1", "tests.tasks:LQR-v0"])
-def test_05_actions_reach_the_whole_range_of_every_box(env_id, algo):
+def test_05_actions_reach_the_whole_range_of_every_box(env_id, step_loop):
     """−1, 0 and 1 become low, middle and high, component by component, on boxes of ±3, ±2 and [−1, 3]."""
-    env = load(algo).make_env(env_id)
+    env = load(step_loop).make_env(env_id)
     seen = []
     space = env.unwrapped.action_space
     env.unwrapped.step = lambda action: (
@@ -118,7 +118,7 @@ def test_05_actions_reach_the_whole_range_of_every_box(env_id, algo):
         assert np.allclose(action, expected, atol=1e-6)
 
 
-def test_08_entropy_does_not_depend_on_the_units_of_the_action(algo, tmp_path):
+def test_08_entropy_does_not_depend_on_the_units_of_the_action(soft, tmp_path):
     """The same task with its action in other units: the same weights, replay and temperature, to the bit."""
 
     class Stretched(gym.Wrapper):
@@ -131,25 +131,25 @@ def test_08_entropy_does_not_depend_on_the_units_of_the_action(algo, tmp_path):
 
     entry = lambda **options: Stretched(gym.make("LQR-v0", **options))  # noqa: E731
     gym.register("Stretched-v0", entry_point=entry, max_episode_steps=20)
-    runs = [run(algo, tmp_path / e, "--env-id", e) for e in ("tests.tasks:LQR-v0", "Stretched-v0")]
+    runs = [run(soft, tmp_path / e, "--env-id", e) for e in ("tests.tasks:LQR-v0", "Stretched-v0")]
     gym.registry.pop("Stretched-v0")
     states = [torch.load(folder / "final.pt", weights_only=True) for folder in runs]
     assert torch.equal(states[0]["agent"]["log_alpha"], states[1]["agent"]["log_alpha"])
     assert torch.equal(states[0]["buffer"]["rows"], states[1]["buffer"]["rows"])
 
 
-def test_09_target_entropy_is_minus_the_action_dimension(algo):
-    module = load(algo)
-    agent = module.Agent(module.parse(tiny(algo)), 5, 3, torch.device("cpu"))
+def test_09_target_entropy_is_minus_the_action_dimension(soft):
+    module = load(soft)
+    agent = module.Agent(module.parse(tiny(soft)), 5, 3, torch.device("cpu"))
     assert agent.target_entropy == -3.0
-    agent = module.Agent(module.parse(tiny(algo, "--target-entropy", -1.5)), 5, 3, torch.device("cpu"))
+    agent = module.Agent(module.parse(tiny(soft, "--target-entropy", -1.5)), 5, 3, torch.device("cpu"))
     assert agent.target_entropy == -1.5
 
 
-def test_34_threads_are_those_asked_for(algo, tmp_path):
-    run(algo, tmp_path, "--num-threads", 2)
+def test_34_threads_are_those_asked_for(loop, tmp_path):
+    run(loop, tmp_path, "--num-threads", 2)
     assert torch.get_num_threads() == 2
-    run(algo, tmp_path, "--num-threads", 1)
+    run(loop, tmp_path, "--num-threads", 1)
     assert torch.get_num_threads() == 1
 
 

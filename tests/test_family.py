@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from tests import family
-from tests.conftest import ALGOS, ROOT, differing, evaluations, load, run, scalars, tiny
+from tests.conftest import (
+    ALGOS,
+    EPISODIC,
+    PARENTS,
+    ROOT,
+    STEPWISE,
+    differing,
+    evaluations,
+    load,
+    run,
+    scalars,
+    tiny,
+)
 
 PATHS = [ROOT / "algos" / f"{name}.py" for name in ALGOS]
 STYLE_FLAGS = """env_id seed total_timesteps learning_starts batch_size buffer_size gamma tau eval_every
@@ -25,8 +37,9 @@ def test_same_name_same_code():
 
 
 def test_family_tool_finds_and_mends_a_difference(tmp_path):
-    copies = [tmp_path / path.name for path in PATHS[:2]]
-    for path, copy in zip(PATHS, copies, strict=False):
+    paths = [ROOT / "algos" / name for name in ("sac.py", "sac_mve.py")]
+    copies = [tmp_path / path.name for path in paths]
+    for path, copy in zip(paths, copies, strict=True):
         shutil.copy(path, copy)
     original = copies[1].read_text()
     copies[1].write_text(
@@ -39,17 +52,15 @@ def test_family_tool_finds_and_mends_a_difference(tmp_path):
     assert copies[1].read_text() == original
 
 
-def test_shared_arguments_have_one_default_and_docstring():
-    """Run and SAC are shared blocks; a flag that any two files share by name must agree as well.
-
-    The horizon alone is each method's own: critics and actors look ahead by different lengths.
-    """
-    seen = {}
+def test_shared_arguments_agree():
+    """A flag is one thing: of one type everywhere; what belongs to the loop has one default as well."""
+    loop, seen = {field.name for field in dataclasses.fields(load("sac").Run)}, {}
     for name in ALGOS:
         for field in dataclasses.fields(load(name).Args):
-            if field.name == "horizon":
-                continue
-            assert seen.setdefault(field.name, (field.default, field.type)) == (field.default, field.type)
+            own = field.name == "preset"  # each file has presets of its own
+            assert own or seen.setdefault(field.name, field.type) == field.type, field.name
+            if name in STEPWISE and field.name in loop | {"gamma"}:
+                assert field.default == seen.setdefault((field.name,), field.default), field.name
 
 
 def test_every_file_has_the_flags_of_the_style_page(algo):
@@ -85,7 +96,7 @@ def test_no_file_imports_a_sibling(algo):
 def test_file_runs_alone_in_an_empty_folder(algo, tmp_path):
     """Copied by itself, 300 steps with real updates on a real task."""
     shutil.copy(ROOT / "algos" / f"{algo}.py", tmp_path)
-    flags = tiny(algo, "--env-id", "InvertedPendulum-v5")
+    flags = tiny(algo, "--env-id", "TorqueBall-v0" if algo in EPISODIC else "InvertedPendulum-v5")
     environment = {**os.environ, "PYTHONPATH": ""}
     subprocess.run(
         [sys.executable, f"{algo}.py", *flags], cwd=tmp_path, env=environment, check=True, timeout=300
@@ -113,13 +124,13 @@ def test_equations_are_tagged(algo):
 
 
 PLAIN = {"sac_svg_h": ["--no-normalize"]}  # what else makes a child its parent at H = 0
-CHILDREN = [name for name in ALGOS if "horizon" in load(name).Args.__dataclass_fields__]
+CHILDREN = [name for name in sorted(PARENTS) if "horizon" in load(name).Args.__dataclass_fields__]
 
 
 @pytest.mark.parametrize("child", CHILDREN)
 def test_horizon_0_is_the_parent_bit_for_bit(child, tmp_path):
-    """--horizon 0 and sac.py: the same evaluations, weights, optimisers, replay and generators."""
-    parent = run("sac", tmp_path / "sac")
+    """--horizon 0 and its parent: the same evaluations, weights, optimisers, replay and generators."""
+    parent = run(PARENTS[child], tmp_path / "parent")
     same = run(child, tmp_path / "same", "--horizon", 0, *PLAIN.get(child, []))
     assert evaluations(parent) == evaluations(same)
     only_mine = [f"/args/{f.name}" for f in dataclasses.fields(load(child).Args.__bases__[-1])]
@@ -130,10 +141,11 @@ def test_horizon_0_is_the_parent_bit_for_bit(child, tmp_path):
 
 
 def test_every_file_that_looks_ahead_is_compared():
-    assert [name for name in ALGOS if name != "sac"] == CHILDREN
+    assert [name for name in sorted(PARENTS) if name != "sac_vaml"] == CHILDREN  # which has no horizon
 
 
 NEEDS = {"--no-actor-expansion": ("--critic-expansion", "tdk")}  # something must look ahead
+NEEDS |= {"vaml-unbiased": ("--samples", "2"), ("steve", "--tdk"): ("--reduction", "last")}
 
 
 def choices(name: str) -> list[tuple[str, ...]]:
@@ -143,9 +155,10 @@ def choices(name: str) -> list[tuple[str, ...]]:
         flag = field.name.replace("_", "-")
         if field.type is bool:
             flag = f"--no-{flag}" if field.default else f"--{flag}"
-            found.append((flag, *NEEDS.get(flag, ())))
+            found.append((flag, *NEEDS.get((name, flag), NEEDS.get(flag, ()))))
         elif typing.get_origin(field.type) is typing.Literal:
-            found += [(f"--{flag}", value) for value in typing.get_args(field.type)]
+            values = typing.get_args(field.type)
+            found += [(f"--{flag}", value, *NEEDS.get(value, ())) for value in values]
     return [flags for flags in found if "cuda" not in flags or torch.cuda.is_available()]
 
 
@@ -163,12 +176,13 @@ def test_every_boolean_and_choice_reaches_an_update(name, flags, tmp_path):
             mujoco.GLContext(8, 8).free()
         except Exception:
             pytest.skip("no OpenGL here: set MUJOCO_GL=osmesa or egl")
-        flags = (*flags, "--env-id", "InvertedPendulum-v5", "--eval-every", 150)
+        flags = (*flags, "--eval-every", 150)
+        flags += () if name in EPISODIC else ("--env-id", "InvertedPendulum-v5")
     folder = run(name, tmp_path, *flags)
-    assert len(scalars(folder)["losses/qf_loss"]) == 12
+    assert len(scalars(folder)["losses/qf_loss"]) == (3 if name in EPISODIC else 12)
     if flags[0] == "--capture-video":
         videos = sorted(path.parent.name for path in (folder / "videos").glob("*/*.mp4"))
-        assert videos == ["step-0", "step-150", "step-300"]
+        assert videos == ["step-0", f"step-{200 if name in EPISODIC else 150}", "step-300"]
 
 
 NUMBERS = [
@@ -184,28 +198,48 @@ NUMBERS += [
     ("--model-warm-up", 9),
     ("--normalize-every", 20),
     ("--model-hidden", 12),
-    ("--tdk",),
 ]
 NUMBERS += [("--expansion-starts", 80), ("--final-entropy", 1.0), ("--hidden-layers", 3), ("--gru-layers", 2)]
 NUMBERS += [("--encoder-layers", 0), ("--decoder-layers", 1), ("--sequence-batch", 12)]
 NUMBERS += [("--dynamics-updates", 2), ("--final-entropy", 1.0, "--entropy-decay", 3.0)]
-NUMBERS += [("--schedule", "poplin/Swimmer-v0")]
-SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2), ("--alpha-lr", 1e-2)]
-SHARED += [
-    ("--init-alpha", 0.1),
-    ("--target-entropy", 1.0),
-    ("--hidden", 12),
-    ("--batch-size", 12),
-    ("--seed", 5),
+NUMBERS += [("--schedule", "poplin/Swimmer-v0"), ("--exploration-noise", 0.3), ("--policy-noise", 0.9)]
+NUMBERS += [("--noise-clip", 0.01), ("--policy-delay", 3), ("--updates-per-step", 2), ("--layer-norm",)]
+NUMBERS += [
+    ("--exploration", "parameter"),
+    ("--terminations",),
+    ("--tdk",),
+    ("--no-tdk",),
+    ("--model-batch", 12),
 ]
+NUMBERS += [("--model-loss", loss) for loss in ("mle", "vaml", "vagram")]
+NUMBERS += [("--mle-coefficient", 0.5), ("--mle-decay", 20), ("--samples", 4), ("--critic-actions", "policy")]
+NUMBERS += [("--model-interval", 10), ("--fit-steps", 2), ("--fit-epochs", 1), ("--patience", 1)]
+NUMBERS += [("--weight-decay", 0.5), ("--model-loss", "vaml-unbiased", "--samples", 2)]
+NUMBERS += [("--grad-weight", 0), ("--td-weight", 0.2), ("--gradient-clip", 1e-4), ("--real-ratio", 0.5)]
+NUMBERS += [("--real-ratio", 1), ("--rollout-batch", 40), ("--epoch-length", 20), ("--growth-starts", 3)]
+NUMBERS += [("--growth-ends", 9), ("--rollout-length-max", 20)]
+NUMBERS += [("--rollout-length", 2, "--rollout-length-max", 2), ("--retain-epochs", 3), ("--elites", 1)]
+NUMBERS += [("--model-epochs", 1), ("--target-interval", 7), ("--explore-chance", 0.9), ("--mean-penalty", 1)]
+NUMBERS += [("--reduction", kind) for kind in ("mean", "last", "td-lambda", "covariance")]
+NUMBERS += [("--reduction", "td-lambda", "--td-lambda", 0.9), ("--reduction", "last", "--tdk")]
+NUMBERS += [("--critics", 2), ("--reward-members", 2)]
+NUMBERS += [("--alpha-lr", 1e-2), ("--init-alpha", 0.1), ("--target-entropy", 1.0)]
+SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2)]
+SHARED += [("--hidden", 12), ("--batch-size", 12), ("--seed", 5)]
 SHARED += [("--learning-starts", 50), ("--buffer-size", 100)]
 
 
-@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("name", STEPWISE)
 def test_every_number_changes_what_is_learned(name, tmp_path):
     """No option that does nothing: each setting gives other weights than the defaults."""
-    have = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
-    flags = SHARED + [flag for flag in NUMBERS if flag[0].removeprefix("--") in have]
+    fields = {field.name.replace("_", "-"): field.type for field in dataclasses.fields(load(name).Args)}
+    flags = list(SHARED)
+    for flag in NUMBERS:
+        kind = fields.get(re.sub("^--(no-)?", "", flag[0]))
+        if kind is not None and (kind is bool) == (len(flag) == 1):
+            flags.append(flag + NEEDS.get((name, flag[0]), ()))
+    same = ("--tdk",) if getattr(load(name).Args, "tdk", False) else ("--no-tdk",)  # is the default
+    flags = [flag for flag in flags if flag != same]
     base = torch.load(run(name, tmp_path / "base") / "final.pt", weights_only=True)["agent"]
     for flag in flags:
         other = torch.load(run(name, tmp_path / "other", *flag) / "final.pt", weights_only=True)["agent"]

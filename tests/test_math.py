@@ -186,11 +186,11 @@ def test_frozen_critic_passes_its_gradient_to_the_action_only():
     assert all(p.grad is None for p in critic.parameters())
 
 
-def test_update_uses_the_smaller_target_critic_the_mask_and_the_entropy(algo, monkeypatch):
+def test_update_uses_the_smaller_target_critic_the_mask_and_the_entropy(replayed, monkeypatch):
     """The target inside update() against a slow loop over the batch, with everything random but fixed."""
-    module = load(algo)
+    module = load(replayed)
     flags = ("--init-alpha", 0.3, *(("--horizon", 0) if hasattr(module.Args, "horizon") else ()))
-    agent, buffer = make_agent(algo, *flags), filled_buffer(module)
+    agent, buffer = make_agent(replayed, *flags), filled_buffer(module)
     calls = recorded(monkeypatch, module, "twin_loss")
     samples = []
     original = agent.actor.sample
@@ -209,23 +209,23 @@ def test_update_uses_the_smaller_target_critic_the_mask_and_the_entropy(algo, mo
     assert 0 < batch.terminated.sum() < 16
     q1, q2 = agent.critic_target(batch.next_obs, action)
     for i in range(16):
-        soft = min(q1[i].item(), q2[i].item()) - 0.3 * log_prob[i].item()
-        expected = batch.reward[i].item() + (0.0 if batch.terminated[i] else 0.99 * soft)
+        replayed = min(q1[i].item(), q2[i].item()) - 0.3 * log_prob[i].item()
+        expected = batch.reward[i].item() + (0.0 if batch.terminated[i] else 0.99 * replayed)
         assert target[i].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_target_carries_no_gradient(algo, monkeypatch):
-    calls = recorded(monkeypatch, load(algo), "twin_loss")
-    agent = make_agent(algo)
-    agent.update(played_buffer(load(algo), agent), 61)
+def test_target_carries_no_gradient(soft, monkeypatch):
+    calls = recorded(monkeypatch, load(soft), "twin_loss")
+    agent = make_agent(soft)
+    agent.update(played_buffer(load(soft), agent), 61)
     q, target = calls[0]
     assert q.requires_grad and not target.requires_grad
     assert all(p.grad is None for p in agent.critic_target.parameters())
 
 
-def test_each_loss_reaches_its_own_parameters_only(algo, monkeypatch):
+def test_each_loss_reaches_its_own_parameters_only(soft, monkeypatch):
     """One backward pass over a sum is sound only if no parameter sits in two of its terms."""
-    module = load(algo)
+    module = load(soft)
     losses = {"critic": [], "actor": [], "alpha": []}
     actor = "expanded_value" if hasattr(module, "expanded_value") else "soft_actor_loss"
     for name, function in (("critic", "twin_loss"), ("actor", actor), ("alpha", "temperature_loss")):
@@ -236,7 +236,7 @@ def test_each_loss_reaches_its_own_parameters_only(algo, monkeypatch):
             return losses[name][-1]
 
         monkeypatch.setattr(module, function, keep)
-    agent = make_agent(algo)
+    agent = make_agent(soft)
     agent.optimizer.step = lambda: None
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     agent.update(played_buffer(module, agent), 61)
@@ -252,11 +252,11 @@ def test_each_loss_reaches_its_own_parameters_only(algo, monkeypatch):
             assert all((g is not None) == (group == loss) for g in reached), (loss, group)
 
 
-def test_one_update_equals_three_separate_ones(algo):
+def test_one_update_equals_three_separate_ones(replayed):
     """One Adam and one backward pass against plain PyTorch: three optimisers, three gradients."""
-    module = load(algo)
+    module = load(replayed)
     flags = ("--horizon", 0) if hasattr(module.Args, "horizon") else ()
-    fused, plain = make_agent(algo, *flags), make_agent(algo, *flags)
+    fused, plain = make_agent(replayed, *flags), make_agent(replayed, *flags)
     plain.load_state_dict(fused.state_dict())
     buffer = filled_buffer(module)
     torch.manual_seed(1)

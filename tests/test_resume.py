@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, command, differing, evaluations, load, run, scalars, shell, tiny
+from tests.conftest import (
+    EPISODIC,
+    ROOT,
+    command,
+    differing,
+    evaluations,
+    family_of,
+    learner,
+    load,
+    run,
+    scalars,
+    shell,
+    tiny,
+)  # fmt: skip
 
 KILLS = int(os.environ.get("FARSIGHT_KILLS", "2"))  # per file; the issue's bar was measured with 20
 
@@ -36,12 +49,12 @@ def uninterrupted(tmp_path_factory):
     """One run per file, as a process."""
     done = {}
 
-    def get(algo: str) -> Path:
-        if algo not in done:
-            parent = tmp_path_factory.mktemp(algo)
-            assert shell(algo, *flags_of(algo), "--runs-dir", parent).returncode == 0
-            (done[algo],) = parent.iterdir()
-        return done[algo]
+    def get(loop: str) -> Path:
+        if loop not in done:
+            parent = tmp_path_factory.mktemp(loop)
+            assert shell(loop, *flags_of(loop), "--runs-dir", parent).returncode == 0
+            (done[loop],) = parent.iterdir()
+        return done[loop]
 
     return get
 
@@ -63,18 +76,18 @@ def kill_somewhere(process: subprocess.Popen, parent: Path, moments: random.Rand
     return process.wait() == -signal.SIGKILL
 
 
-def test_sigkill_at_random_moments_ends_in_the_same_bits(algo, uninterrupted, tmp_path):
+def test_sigkill_at_random_moments_ends_in_the_same_bits(loop, uninterrupted, tmp_path):
     """Each run is killed twice, anywhere between its first checkpoint and its last steps, and resumed."""
     seed = random.randrange(10**6)
-    print(f"{algo}: moments drawn from seed {seed}")
+    print(f"{loop}: moments drawn from seed {seed}")
     moments = random.Random(seed)
     for number in range(KILLS):
         parent, deaths = tmp_path / str(number), 0
         parent.mkdir()
         while True:
             folders = list(parent.glob("[!.]*"))
-            again = ["--resume", folders[0]] if folders else [*flags_of(algo), "--runs-dir", parent]
-            process = subprocess.Popen(command(algo, *again), cwd=ROOT, stdout=-3, stderr=-3)
+            again = ["--resume", folders[0]] if folders else [*flags_of(loop), "--runs-dir", parent]
+            process = subprocess.Popen(command(loop, *again), cwd=ROOT, stdout=-3, stderr=-3)
             if deaths < 2 and kill_somewhere(process, parent, moments):
                 deaths += 1
             else:
@@ -82,8 +95,8 @@ def test_sigkill_at_random_moments_ends_in_the_same_bits(algo, uninterrupted, tm
                 break
         assert deaths > 0
         (folder,) = parent.glob("[!.]*")
-        assert_same_end(uninterrupted(algo), folder)
-        print(f"{algo}, run {number}: killed {deaths} times, the same bits")
+        assert_same_end(uninterrupted(loop), folder)
+        print(f"{loop}, run {number}: killed {deaths} times, the same bits")
 
 
 class Killed(BaseException):
@@ -91,9 +104,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["fsync", "first rename", "second rename"])
-def test_death_in_the_middle_of_a_checkpoint(algo, moment, uninterrupted, tmp_path, monkeypatch):
+def test_death_in_the_middle_of_a_checkpoint(loop, moment, uninterrupted, tmp_path, monkeypatch):
     """Whatever was on disk when the process died between two system calls of a checkpoint can be resumed."""
-    module, calls = load(algo), {"fsync": 0, "replace": 0, "armed": False}
+    module, calls = load(loop), {"fsync": 0, "replace": 0, "armed": False}
     real = {"fsync": os.fsync, "replace": os.replace}
 
     def fsync(descriptor):
@@ -119,18 +132,18 @@ def test_death_in_the_middle_of_a_checkpoint(algo, moment, uninterrupted, tmp_pa
         patch.setattr(os, "replace", replace)
         patch.setattr(module, "save_checkpoint", save_checkpoint)
         with pytest.raises(Killed):
-            module.train(module.parse([*flags_of(algo), "--runs-dir", str(tmp_path)]))
+            learner(loop)(module.parse([*flags_of(loop), "--runs-dir", str(tmp_path)]))
     (folder,) = tmp_path.iterdir()
     assert (folder / "checkpoint.pt").exists() != (moment == "second rename")
-    module.train(module.parse(["--resume", str(folder)]))
-    assert_same_end(uninterrupted(algo), folder)
+    learner(loop)(module.parse(["--resume", str(folder)]))
+    assert_same_end(uninterrupted(loop), folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_stops_cleanly(number, algo, uninterrupted, tmp_path):
+def test_signal_stops_cleanly(number, loop, uninterrupted, tmp_path):
     """No traceback, exit code 128 + n, a line that says how to go on; and going on ends in the same bits."""
     process = subprocess.Popen(
-        command(algo, *flags_of(algo), "--runs-dir", tmp_path),
+        command(loop, *flags_of(loop), "--runs-dir", tmp_path),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (found := list(tmp_path.glob("[!.]*/checkpoint.previous.pt"))):
@@ -143,32 +156,34 @@ def test_signal_stops_cleanly(number, algo, uninterrupted, tmp_path):
     assert "Traceback" not in error
     assert f"--resume {folder}" in error.splitlines()[-1]
     assert not (folder / "final.pt").exists()
-    assert shell(algo, "--resume", folder).returncode == 0
-    assert_same_end(uninterrupted(algo), folder)
+    assert shell(loop, "--resume", folder).returncode == 0
+    assert_same_end(uninterrupted(loop), folder)
 
 
 def test_longer_run_equals_one_planned_so(algo, tmp_path):
     """300 steps, then --total-timesteps 500: the same bits as 500 at once; args.json tells the new length."""
     short, planned = run(algo, tmp_path / "a"), run(algo, tmp_path / "b", "--total-timesteps", 500)
     module = load(algo)
-    longer = module.train(module.parse(["--resume", str(short), "--total-timesteps", "500"]))
+    longer = learner(algo)(module.parse(["--resume", str(short), "--total-timesteps", "500"]))
     assert longer == short
     assert_same_end(planned, longer)
     assert '"total_timesteps": 500' in (longer / "args.json").read_text()
 
 
-def test_extension_past_an_odd_last_step(algo, tmp_path):
+def test_extension_past_an_odd_last_step(step_loop, tmp_path):
     """310 steps, off the evaluation's grid, on an episode's end: the extra row is no part of a longer run."""
     lqr = ["--env-id", "tests.tasks:LastStep-v0", "--checkpoint-every", 5]
-    short = run(algo, tmp_path / "a", *lqr, "--total-timesteps", 310)
-    planned = run(algo, tmp_path / "b", *lqr, "--total-timesteps", 400)
-    module = load(algo)
-    assert_same_end(planned, module.train(module.parse(["--resume", str(short), "--total-timesteps", "400"])))
+    short = run(step_loop, tmp_path / "a", *lqr, "--total-timesteps", 310)
+    planned = run(step_loop, tmp_path / "b", *lqr, "--total-timesteps", 400)
+    module = load(step_loop)
+    assert_same_end(
+        planned, learner(step_loop)(module.parse(["--resume", str(short), "--total-timesteps", "400"]))
+    )
 
 
-def test_stopped_before_the_first_checkpoint(algo, tmp_path, monkeypatch):
+def test_stopped_before_the_first_checkpoint(loop, tmp_path, monkeypatch):
     """A signal during an update ends the run after that step; going on from step 0 logs nothing twice."""
-    module = load(algo)
+    module = load(loop)
 
     def stop(*args):
         module.stop_after_this_step(signal.SIGTERM, None)
@@ -179,18 +194,18 @@ def test_stopped_before_the_first_checkpoint(algo, tmp_path, monkeypatch):
         patch.setattr(module.signal, "signal", lambda *args: None)
         patch.setattr(module.Agent, "update", stop)
         with pytest.raises(SystemExit, match="143"):
-            module.train(module.parse(tiny(algo, "--runs-dir", tmp_path / "a", "--checkpoint-every", 300)))
+            learner(loop)(module.parse(tiny(loop, "--runs-dir", tmp_path / "a", "--checkpoint-every", 300)))
     (folder,) = (tmp_path / "a").iterdir()
-    module.train(module.parse(["--resume", str(folder)]))
-    assert_same_end(run(algo, tmp_path / "b", "--checkpoint-every", 300), folder)
+    learner(loop)(module.parse(["--resume", str(folder)]))
+    assert_same_end(run(loop, tmp_path / "b", "--checkpoint-every", 300), folder)
 
 
-def test_stopped_during_the_first_evaluation(algo, tmp_path, monkeypatch):
+def test_stopped_during_the_first_evaluation(loop, tmp_path, monkeypatch):
     """Nothing has been learned yet: nothing is left on disk."""
-    module = load(algo)
+    module = load(loop)
     monkeypatch.setattr(module, "SIGNALS", [signal.SIGINT])
     with pytest.raises(SystemExit, match="130"):
-        module.train(module.parse(tiny(algo, "--runs-dir", tmp_path / "runs")))
+        learner(loop)(module.parse(tiny(loop, "--runs-dir", tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
 
 
@@ -207,52 +222,65 @@ def test_resume_is_exact_on_a_gpu(algo, tmp_path):
         run(algo, tmp_path / "b", *flags, "--total-timesteps", 500),
     )
     module = load(algo)
-    assert_same_end(planned, module.train(module.parse(["--resume", str(short), "--total-timesteps", "500"])))
+    assert_same_end(
+        planned, learner(algo)(module.parse(["--resume", str(short), "--total-timesteps", "500"]))
+    )
 
 
 def test_full_ring_is_resumed_in_order(algo, tmp_path):
     """The replay has wrapped around several times when the run is extended."""
-    ring = ["--buffer-size", 75]
+    ring = ["--buffer-size", 200 if algo in EPISODIC else 75]
     short = run(algo, tmp_path / "a", *ring)
     planned = run(algo, tmp_path / "b", *ring, "--total-timesteps", 450)
     module = load(algo)
-    assert_same_end(planned, module.train(module.parse(["--resume", str(short), "--total-timesteps", "450"])))
+    assert_same_end(
+        planned, learner(algo)(module.parse(["--resume", str(short), "--total-timesteps", "450"]))
+    )
 
 
-def test_resuming_a_complete_run_changes_nothing(algo, tmp_path, capsys):
-    folder, module = run(algo, tmp_path), load(algo)
+def test_resuming_a_complete_run_changes_nothing(loop, tmp_path, capsys):
+    folder, module = run(loop, tmp_path), load(loop)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert module.train(module.parse(["--resume", str(folder)])) == folder
+    assert learner(loop)(module.parse(["--resume", str(folder)])) == folder
     assert "is complete: 300 steps" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_checkpoint_holds_everything(algo, tmp_path):
+NETWORKS = {"actor", "critic", "critic_target"}
+SOFT, SLOW = NETWORKS | {"log_alpha", "optimizer"}, NETWORKS | {"actor_target", "optimizer"}
+DELAYED = NETWORKS | {"actor_target", "actor_optimizer", "critic_optimizer", "actor_loss"}
+MODEL = {"model", "model_optimizer"}
+HELD = {"sac": SOFT, "sac_ove": SOFT, "sac_retrace": SOFT, "sac_mve": SOFT | MODEL | {"termination"}}
+HELD |= {"sac_svg_h": SOFT | MODEL | {"outcome"}, "ddpg": SLOW, "ddpg_mve": SLOW | MODEL, "td3": DELAYED}
+HELD |= {"sac_vaml": SOFT | MODEL | {"outcome", "outcome_optimizer", "fit_report"}}
+HELD |= {"mage": DELAYED | MODEL | {"termination"}}
+HELD |= {
+    "mbpo": SOFT | MODEL | {"elites", "termination", "termination_optimizer", "imagined", "refit_report"}
+}
+HELD |= {"steve": NETWORKS | {"optimizer", "model_optimizer", "transition", "termination", "rewards"}}
+
+
+def test_checkpoint_holds_everything(stepwise, tmp_path):
     """Targets, temperature, optimisers with their moments, replay, normaliser, generators: named."""
-    state = torch.load(run(algo, tmp_path) / "checkpoint.pt", weights_only=True)
-    module, agent = load(algo), {"actor", "critic", "critic_target", "log_alpha", "optimizer"}
-    trained = ["actor", "critic"]  # by self.optimizer, beside log α
-    if hasattr(module, "Expansion"):
-        agent |= {"model", "termination", "model_optimizer"}
-    if hasattr(module, "ActorExpansion"):
-        agent |= {"model", "outcome", "model_optimizer"}
-        trained.append("outcome")
-    assert set(state["agent"]) == agent
+    state = torch.load(run(stepwise, tmp_path) / "checkpoint.pt", weights_only=True)
+    agent = state["agent"]
+    assert set(agent) == HELD[stepwise]
     meta = {"format", "algo", "args", "step", "episode", "rows", "seconds"}
     assert set(state) == meta | {"agent", "buffer", "torch_rng", "cuda_rng", "task_rng"}
-    online, target = (state["agent"][name]["layers.0.weight"] for name in ("critic", "critic_target"))
+    online, target = (agent[name]["layers.0.weight"] for name in ("critic", "critic_target"))
     assert not torch.equal(online, target)
-    moments = state["agent"]["optimizer"]["state"]
-    names = [name for part in trained for name in state["agent"][part] if "normalizer" not in name]
-    assert len(moments) == len(names) + 1
-    assert all(m["exp_avg_sq"].abs().sum() > 0 for m in moments.values())
-    assert (
-        len(state["buffer"]["rows"])
-        == len(state["buffer"]["episode"])
-        == state["step"]
-        == state["buffer"]["added"]
-    )
-    if hasattr(module, "Expansion"):
-        assert state["agent"]["model"]["std"].item() != 1
-    if hasattr(module, "ActorExpansion"):
-        assert state["agent"]["actor"]["normalizer.seen"].item() == state["step"]
+    for name in (name for name in agent if name.endswith("optimizer")):
+        moments = agent[name]["state"].values()
+        assert len(moments) > 2 and all(m["exp_avg_sq"].abs().sum() > 0 for m in moments), name
+    groups = sum(len(group["params"]) for group in agent.get("optimizer", {}).get("param_groups", []))
+    if stepwise in family_of("sac"):
+        trained = ["actor", "critic", *(["outcome"] if stepwise == "sac_svg_h" else [])]  # beside log α
+        assert groups == len([n for part in trained for n in agent[part] if "normalizer" not in n]) + 1
+    replay, step = state["buffer"], state["step"]
+    assert len(replay["rows"]) == len(replay["episode"]) == step == replay["added"]
+    for part, name in (("model", "std"), ("model", "input_std"), ("elites", "std")):
+        assert name not in agent.get(part, {}) or agent[part][name].item() != 1
+    if stepwise == "sac_svg_h":
+        assert agent["actor"]["normalizer.seen"].item() == step
+    if stepwise == "mbpo":
+        assert len(agent["imagined"]["rows"]) > 50 and agent["refit_report"].abs().min() > 0

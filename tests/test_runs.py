@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, differing, evaluations, load, run, scalars, shell, tiny
+from tests.conftest import ROOT, differing, evaluations, family_of, load, run, scalars, shell, tiny
 from tests.tasks import RHO, A, B, Q
 
 
@@ -21,19 +21,19 @@ def test_same_seed_same_bits_other_seed_other_bits(algo, tmp_path):
     assert any("/agent/actor" in name for name in differing(first / "final.pt", other / "final.pt"))
 
 
-def test_how_often_one_looks_changes_nothing(algo, tmp_path):
+def test_how_often_one_looks_changes_nothing(stepwise, tmp_path):
     """Other evaluation, logging, diagnosis and checkpoint intervals end in the same bits."""
     looks = ["--eval-every", 37, "--eval-episodes", 5, "--log-every", 10, "--checkpoint-every", 300]
-    looks += ["--diagnose-every", 10] if "diagnose_every" in load(algo).Args.__dataclass_fields__ else []
-    first, other = run(algo, tmp_path / "a"), run(algo, tmp_path / "b", *looks)
+    looks += ["--diagnose-every", 10] if "diagnose_every" in load(stepwise).Args.__dataclass_fields__ else []
+    first, other = run(stepwise, tmp_path / "a"), run(stepwise, tmp_path / "b", *looks)
     settings = ("/args/", "/rows/")
     assert differing(first / "final.pt", other / "final.pt", *settings) == []
 
 
-def test_evaluation_is_a_pure_function_of_the_policy(algo):
+def test_evaluation_is_a_pure_function_of_the_policy(stepwise):
     """Twice the same numbers, training's generator and task untouched, no exploration noise."""
-    module = load(algo)
-    args = module.parse(tiny(algo))
+    module = load(stepwise)
+    args = module.parse(tiny(stepwise))
     agent = module.Agent(args, 1, 1, torch.device("cpu"))
     before = torch.get_rng_state()
     rows = [module.evaluate(agent, args, 0, None) for _ in range(2)]
@@ -42,14 +42,16 @@ def test_evaluation_is_a_pure_function_of_the_policy(algo):
     assert rows[0]["return_std"] > 0  # different starts
     obs = np.ones(1, np.float32)
     assert agent.act(obs, deterministic=True) == agent.act(obs, deterministic=True)
-    assert agent.act(obs) != agent.act(obs)
-    assert torch.tanh(agent.actor(torch.ones(1, 1))[0]).item() == agent.act(obs, deterministic=True).item()
+    assert len({agent.act(obs).item() for _ in range(200)}) > 1
+    if stepwise in family_of("sac"):
+        mean = agent.actor(torch.ones(1, 1))[0]
+        assert torch.tanh(mean).item() == agent.act(obs, deterministic=True).item()
 
 
-def test_evaluation_returns_by_hand(algo):
+def test_evaluation_returns_by_hand(step_loop):
     """The undiscounted return of a known policy, which acts in the task's own units."""
-    module = load(algo)
-    args = module.parse(tiny(algo, "--env-id", "tests.tasks:LQR-v0", "--eval-episodes", 3, "--seed", 7))
+    module = load(step_loop)
+    args = module.parse(tiny(step_loop, "--env-id", "tests.tasks:LQR-v0", "--eval-episodes", 3, "--seed", 7))
 
     class Linear:
         def act(self, obs, deterministic):
@@ -70,12 +72,12 @@ def test_evaluation_returns_by_hand(algo):
     assert (row["step"], row["length_mean"], row["episodes"]) == (5, 20, 3)
 
 
-def test_run_folder_is_complete(algo, tmp_path):
-    done = shell(algo, *tiny(algo, "--runs-dir", tmp_path, "--total-timesteps", 310))
+def test_run_folder_is_complete(step_loop, tmp_path):
+    done = shell(step_loop, *tiny(step_loop, "--runs-dir", tmp_path, "--total-timesteps", 310))
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     env_id, name, seed, _ = folder.name.split("__")
-    assert (env_id, name, seed) == ("tests.tasks-Cliff-v0", algo, "1")
+    assert (env_id, name, seed) == ("tests.tasks-Cliff-v0", step_loop, "1")
     lines = (folder / "eval.csv").read_text().splitlines()
     assert lines[0] == "step,return_mean,return_std,length_mean,episodes,seconds"
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "100", "200", "300", "310"]
@@ -84,8 +86,8 @@ def test_run_folder_is_complete(algo, tmp_path):
     assert str(folder) in done.stdout
 
     record = json.loads((folder / "args.json").read_text())
-    module = load(algo)
-    assert record["algo"] == algo
+    module = load(step_loop)
+    assert record["algo"] == step_loop
     assert set(record["args"]) == set(module.Args.__dataclass_fields__)
     assert record["args"]["total_timesteps"] == 310 and record["torch"] == torch.__version__
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -100,10 +102,10 @@ def test_run_folder_is_complete(algo, tmp_path):
 
     tags = scalars(folder)
     expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return"}
-    expected |= {
-        f"losses/{n}" for n in ("qf_loss", "qf_values", "actor_loss", "alpha", "alpha_loss", "entropy")
-    }
-    if algo == "sac_mve":
+    names = ["qf_loss", "qf_values", "actor_loss"]
+    names += ["alpha", "alpha_loss", "entropy"] if step_loop in family_of("sac") else []
+    expected |= {f"losses/{name}" for name in names}
+    if step_loop == "sac_mve":
         expected |= {f"model/error_{k}" for k in (1, 2, 3)} | {f"expansion/target_mean_{h}" for h in range(4)}
         expected |= {"model/loss", "model/reward_error", "model/termination_accuracy"}
         expected |= {"expansion/spread_over_horizons", "model/termination_loss"}
@@ -114,9 +116,9 @@ def test_run_folder_is_complete(algo, tmp_path):
     assert [e.step for e in tags["losses/qf_loss"]] == list(range(80, 301, 20))
 
 
-def test_every_episode_is_logged_and_stored(algo, tmp_path):
+def test_every_episode_is_logged_and_stored(step_loop, tmp_path):
     """Lengths add up to the steps taken; the replay knows each transition's episode; none crosses a reset."""
-    folder = run(algo, tmp_path)
+    folder = run(step_loop, tmp_path)
     tags, state = scalars(folder), torch.load(folder / "final.pt", weights_only=True)
     lengths = [int(event.value) for event in tags["charts/episodic_length"]]
     episode, rows = state["buffer"]["episode"], state["buffer"]["rows"]
@@ -130,23 +132,23 @@ def test_every_episode_is_logged_and_stored(algo, tmp_path):
     assert returns == pytest.approx(sums[: len(returns)].tolist(), rel=1e-4)
 
 
-def test_observations_of_any_shape_are_flattened(algo, tmp_path):
+def test_observations_of_any_shape_are_flattened(step_loop, tmp_path):
     """uint8 images of shape (2, 3, 1) become 6 float32 numbers."""
     state = torch.load(
-        run(algo, tmp_path, "--env-id", "tests.tasks:Image-v0") / "final.pt", weights_only=True
+        run(step_loop, tmp_path, "--env-id", "tests.tasks:Image-v0") / "final.pt", weights_only=True
     )
     assert state["buffer"]["rows"].shape == (300, 6 + 1 + 1 + 6 + 1)
     assert (state["buffer"]["rows"][:, :6] == 7).all()
 
 
-def test_actions_of_any_shape_stay_inside_their_box(algo, tmp_path):
+def test_actions_of_any_shape_stay_inside_their_box(step_loop, tmp_path):
     """(2, 2) actions with awkwardly rounded bounds; the task asserts what it gets."""
-    folder = run(algo, tmp_path, "--env-id", "tests.tasks:MatrixAction-v0")
+    folder = run(step_loop, tmp_path, "--env-id", "tests.tasks:MatrixAction-v0")
     assert torch.load(folder / "final.pt", weights_only=True)["buffer"]["rows"].shape == (
         300,
         1 + 4 + 1 + 1 + 1,
     )
-    env = load(algo).make_env("tests.tasks:MatrixAction-v0")
+    env = load(step_loop).make_env("tests.tasks:MatrixAction-v0")
     env.reset(seed=1)
     for corner in np.ndindex(3, 3, 3, 3):
         env.step(np.float32(corner) - 1)

@@ -16,6 +16,7 @@ from tests import family
 from tests.conftest import (
     ALGOS,
     EPISODIC,
+    LOOPS,
     PARENTS,
     ROOT,
     STEPWISE,
@@ -159,6 +160,8 @@ def choices(name: str) -> list[tuple[str, ...]]:
         elif typing.get_origin(field.type) is typing.Literal:
             values = typing.get_args(field.type)
             found += [(f"--{flag}", value, *NEEDS.get(value, ())) for value in values]
+    if name not in LOOPS:  # what the loop does with these is one text
+        found = [flags for flags in found if flags[0] not in ("--device", "--capture-video")]
     return [flags for flags in found if "cuda" not in flags or torch.cuda.is_available()]
 
 

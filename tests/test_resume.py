@@ -227,14 +227,14 @@ def test_resume_is_exact_on_a_gpu(algo, tmp_path):
     )
 
 
-def test_full_ring_is_resumed_in_order(algo, tmp_path):
+def test_full_ring_is_resumed_in_order(loop, tmp_path):
     """The replay has wrapped around several times when the run is extended."""
-    ring = ["--buffer-size", 200 if algo in EPISODIC else 75]
-    short = run(algo, tmp_path / "a", *ring)
-    planned = run(algo, tmp_path / "b", *ring, "--total-timesteps", 450)
-    module = load(algo)
+    ring = ["--buffer-size", 200 if loop in EPISODIC else 75]
+    short = run(loop, tmp_path / "a", *ring)
+    planned = run(loop, tmp_path / "b", *ring, "--total-timesteps", 450)
+    module = load(loop)
     assert_same_end(
-        planned, learner(algo)(module.parse(["--resume", str(short), "--total-timesteps", "450"]))
+        planned, learner(loop)(module.parse(["--resume", str(short), "--total-timesteps", "450"]))
     )
 
 

@@ -300,13 +300,13 @@ def td_target(reward: Tensor, done: Tensor, next_q: Tensor, gamma: float) -> Ten
 
 
 def value_loss(q: Tensor, target: Tensor) -> Tensor:
-    """(2): squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
+    """Squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
     assert q.shape[1:] == target.shape
     return (q - target).square().mean(1).sum()
 
 
 def deterministic_actor_loss(q: Tensor) -> Tensor:
-    """(3): −mean Q(s, π(s)): [B] -> scalar."""
+    """−mean Q(s, π(s)): [B] -> scalar."""
     return -q.mean()
 
 
@@ -328,7 +328,7 @@ class Agent:
         if args.exploration == "parameter":
             self.noisy_actor = copy.deepcopy(self.actor).requires_grad_(False)
             depth = len(self.actor.layers)
-            self.noise_scale = torch.tensor(args.exploration_noise / depth, device=device)  # ξ
+            self.noise_scale = torch.tensor(args.exploration_noise / 2 / depth, device=device)  # ξ
             self.noise_distance = torch.zeros((), device=device)  # sum since ξ last moved
 
     def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:

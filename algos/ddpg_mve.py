@@ -336,13 +336,13 @@ def td_target(reward: Tensor, done: Tensor, next_q: Tensor, gamma: float) -> Ten
 
 
 def value_loss(q: Tensor, target: Tensor) -> Tensor:
-    """(2): squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
+    """Squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
     assert q.shape[1:] == target.shape
     return (q - target).square().mean(1).sum()
 
 
 def deterministic_actor_loss(q: Tensor) -> Tensor:
-    """(3): −mean Q(s, π(s)): [B] -> scalar."""
+    """−mean Q(s, π(s)): [B] -> scalar."""
     return -q.mean()
 
 
@@ -380,7 +380,9 @@ def known_reward(env: gym.Env, device: torch.device):
     """
     task = env.unwrapped
     name = type(task).__name__
-    if name not in ("HalfCheetahEnv", "SwimmerEnv", "Walker2dEnv"):
+    if name not in ("HalfCheetahEnv", "SwimmerEnv", "Walker2dEnv") or not type(task).__module__.endswith(
+        "_v5"
+    ):
         return None
     if task._exclude_current_positions_from_observation:
         return None
@@ -445,9 +447,9 @@ def expanded(imagined: Imagined, horizon: int, next_q: Tensor, gamma: float) -> 
 
 
 def tdk_loss(critic_loss: Tensor, q: Tensor, target: Tensor, alive: Tensor) -> Tensor:
-    """(8): (the real pair's loss + Σ_t mean over living rows of (Q_i − y_t)²) / H, arXiv 1803.00101, eq. 4.
+    """(The real pair's loss + Σ_t mean over living rows of (Q_i − y_t)²) / H, arXiv 1803.00101, eq. 4.
 
-    q [2, H, B] at imagined pairs, target and alive [H, B] -> scalar, on twin_loss's scale.
+    q [critics, H, B] at imagined pairs, target and alive [H, B] -> scalar, summed over critics.
     """
     assert q.shape[1:] == target.shape == alive.shape
     imagined = ((q - target).square() * alive).sum(2) / alive.sum(1).clamp_min(1)
@@ -472,7 +474,7 @@ class Agent:
         if args.exploration == "parameter":
             self.noisy_actor = copy.deepcopy(self.actor).requires_grad_(False)
             depth = len(self.actor.layers)
-            self.noise_scale = torch.tensor(args.exploration_noise / depth, device=device)  # ξ
+            self.noise_scale = torch.tensor(args.exploration_noise / 2 / depth, device=device)  # ξ
             self.noise_distance = torch.zeros((), device=device)  # sum since ξ last moved
         self.reward = None  # make_buffer sees the task and may find its formula
         if args.horizon == 0:  # no model, no random number drawn for it: the very same run as ddpg.py

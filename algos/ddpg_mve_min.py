@@ -113,7 +113,7 @@ class EpisodicRun:
     eval_every: Count = 2_000
     """Evaluate after the cycle that reaches a multiple of this (ours; Plappert et al. 2018: 95 000)."""
     eval_episodes: Count = 100
-    """Episodes per evaluation, deterministic policy, fresh goals (ours; Plappert et al. 2018: 190)."""
+    """Episodes per evaluation, deterministic policy, the same goals each time (ours; Plappert: 190)."""
     checkpoint_every: Count = 20_000
     """Steps after which the next cycle's end writes a checkpoint (ours)."""
     runs_dir: str = "runs"
@@ -146,7 +146,7 @@ class EpisodicRun:
 SIZES_OF_PRESETS = {  # what differs from the defaults; fetch: Plappert et al. 2018 in one process
     "ball": {},
     "fetch": {"num_envs": 16, "batch_size": 1_024, "learning_starts": 8_000, "total_timesteps": 500_000}
-    | {"hidden": 256, "eval_every": 20_000, "checkpoint_every": 100_000}
+    | {"hidden": 256, "eval_every": 20_000}
     | {"model_layers": 4, "model_hidden": 256, "model_batch": 256, "model_warm_up": 2_000},
 }
 
@@ -213,6 +213,11 @@ class EnsembleExpansion:
 
 @dataclass
 class Args(EpisodicRun, HindsightDDPG, EnsembleExpansion):
+    def __post_init__(self) -> None:
+        EpisodicRun.__post_init__(self)
+        several = self.agg != "min-all" or self.member == "all"
+        require(several, "agg", self.agg, "another with --member random, which imagines by one member each")
+
     @classmethod
     def defaults(cls, argv: list[str] | None) -> dict[str, object]:
         """The dataclass's defaults, then the preset's that argv names."""
@@ -366,9 +371,15 @@ class GoalTask(NamedTuple):
     dense: bool
     angles: list[int]  # columns that hold angles
 
+    def achieved(self, obs: Tensor) -> Tensor:
+        """ag: obs [..., n] -> [..., g]; neighbouring columns are a view, which keeps a GPU busy."""
+        first, last = self.columns[0], self.columns[-1] + 1
+        together = self.columns == list(range(first, last))
+        return obs[..., first:last] if together else obs[..., self.columns]
+
     def reward(self, obs: Tensor, goal: Tensor) -> Tensor:
         """R: −1 or 0, or with `dense` −distance; obs [..., n], goal [..., g] -> [...]."""
-        distance = torch.linalg.vector_norm(obs[..., self.columns] - goal, dim=-1)
+        distance = torch.linalg.vector_norm(self.achieved(obs) - goal, dim=-1)
         return -distance if self.dense else -(distance > self.threshold).to(obs.dtype)
 
 
@@ -431,7 +442,7 @@ class EpisodeReplay:
         t = torch.randint(steps, (batch_size,), device=device)
         later = t + 1 + (torch.rand(batch_size, device=device) * (steps - t)).long().clamp_max(steps - 1 - t)
         relabel = torch.rand(batch_size, device=device) < self.hindsight / (1 + self.hindsight)
-        reached = self.obs[episode, later][:, self.task.columns]
+        reached = self.task.achieved(self.obs[episode, later])
         goal = torch.where(relabel[:, None], reached, self.goal[episode])  # (8)
         next_obs = self.obs[episode, t + 1]
         reward = self.task.reward(next_obs, goal)
@@ -493,13 +504,13 @@ def glorot(module: nn.Module) -> None:
 
 
 def value_loss(q: Tensor, target: Tensor) -> Tensor:
-    """(2): squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
+    """Squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
     assert q.shape[1:] == target.shape
     return (q - target).square().mean(1).sum()
 
 
 def deterministic_actor_loss(q: Tensor) -> Tensor:
-    """(3): −mean Q(s, π(s)): [B] -> scalar."""
+    """−mean Q(s, π(s)): [B] -> scalar."""
     return -q.mean()
 
 
@@ -560,9 +571,10 @@ def horizon_targets(reward: Tensor, rewards: Tensor, values: Tensor, gamma: floa
     return torch.stack(found, 1)
 
 
-def reachable(targets: Tensor, gamma: float) -> Tensor:
-    """(1): no return of rewards in [−1, 0] lies outside [−1 / (1 − γ), 0]."""
-    return targets.clamp(-1 / (1 - gamma) if gamma < 1 else -math.inf, 0)
+def reachable(targets: Tensor, gamma: float, dense: bool) -> Tensor:
+    """(1): no return of rewards −1 or 0 lies outside [−1 / (1 − γ), 0]; dense ones know no lower end."""
+    bounded = gamma < 1 and not dense
+    return targets.clamp(-1 / (1 - gamma) if bounded else -math.inf, 0)
 
 
 def aggregate(targets: Tensor, agg: str) -> Tensor:
@@ -644,7 +656,8 @@ class Agent:
         rewards = torch.stack(rewards, 1) if rewards else values[:, :0]
         if shared:
             values, rewards = (y.transpose(0, 1).flatten(1)[None, :, :size] for y in (values, rewards))
-        return reachable(horizon_targets(batch.reward, rewards, values, self.args.gamma), self.args.gamma)
+        gamma, dense = self.args.gamma, self.task.dense
+        return reachable(horizon_targets(batch.reward, rewards, values, gamma), gamma, dense)
 
     def update(self, replay: EpisodeReplay, step: int) -> dict[str, Tensor]:
         """The gradient steps of one cycle, the models' first. Metrics stay tensors, means over the cycle."""
@@ -694,8 +707,8 @@ class Agent:
         """Normalisation of observations and relabelled goals, from as many transitions as are new."""
         count = self.args.num_envs
         batch = replay.sample(count * self.task.length, replay.newest(count))
-        self.obs_moments.update(batch.obs)
-        self.goal_moments.update(batch.goal)
+        self.obs_moments.update(batch.obs.clamp(-200, 200))
+        self.goal_moments.update(batch.goal.clamp(-200, 200))
 
     def update_models(self, replay: EpisodeReplay, step: int) -> dict[str, Tensor]:
         """The models' gradient steps of one cycle; once the warm-up is over they begin, with many."""
@@ -706,10 +719,10 @@ class Agent:
             self.model.observe(replay.obs[new])
         if step < args.learning_starts:
             return {}
-        warm_up = 0 if self.model_optimizer.state else args.model_warm_up
+        warm_up, metrics = 0 if self.model_optimizer.state else args.model_warm_up, {}
         for _ in range(args.model_updates + warm_up):
-            loss = self.fit_models(replay, train)
-        metrics = {"model/loss": loss} | self.diagnose_models(replay)
+            metrics = {"model/loss": self.fit_models(replay, train)}
+        metrics |= self.diagnose_models(replay)
         ready = metrics["model/change_error"] < args.model_ready
         self.model_is_ready |= ready.to(self.model_is_ready.device)
         return metrics | {"model/is_ready": self.model_is_ready.clone()}
@@ -736,12 +749,13 @@ class Agent:
         errors = self.model.errors(obs, action)
         metrics = {"model/change_error": errors[:, :, 0].abs().mean()}
         scale = self.model.change.std / self.model.input.std
-        goal = obs[:, :, -1:, self.task.columns]  # reached at the window's end
+        goal = self.task.achieved(obs[:, :, -1:])  # reached at the window's end
         predicted = on_circle(obs[:, :, 1:] + errors * self.model.change.std, self.model.angle)
         right = (self.task.reward(predicted, goal) - self.task.reward(obs[:, :, 1:], goal)).abs() < 0.5
         for k in range(length):
             metrics[f"model/error_{k + 1}"] = (errors[:, :, k] * scale).square().mean().sqrt()
-            metrics[f"model/reward_accuracy_{k + 1}"] = right[:, :, k].float().mean()
+            if not self.task.dense:
+                metrics[f"model/reward_accuracy_{k + 1}"] = right[:, :, k].float().mean()
         return metrics
 
     def state_dict(self) -> dict:

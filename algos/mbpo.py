@@ -531,13 +531,21 @@ class ImaginedReplay(nn.Module):
 def known_termination(env: gym.Env):
     """The task's rule on observations: next obs [B, n] -> done [B], 0 or 1; None for tasks without one here.
 
-    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.suites, default bounds.
+    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.suites. Other
+    bounds are unknown; what never terminates never does here.
     """
-    name, width = type(env.unwrapped).__name__.removesuffix("Env"), env.observation_space.shape[0]
+    task = env.unwrapped
+    name, width = type(task).__name__.removesuffix("Env"), env.observation_space.shape[0]
     widths = {"InvertedPendulum": {4}, "InvertedDoublePendulum": {9}, "Hopper": {11}, "Walker2d": {17}}
     widths |= {"HalfCheetah": {17}, "Ant": {27, 105}, "Humanoid": {45, 348}}
-    if width not in widths.get(name, ()):
+    bounds = {"Hopper": ((0.7, math.inf), (-0.2, 0.2)), "Walker2d": ((0.8, 2.0), (-1.0, 1.0))}
+    bounds |= {"Ant": ((0.2, 1.0), None), "Humanoid": ((1.0, 2.0), None)}
+    found = tuple(getattr(task, f"_healthy_{part}_range", None) for part in ("z", "angle"))
+    known = type(task).__module__.endswith("_v5") and width in widths.get(name, ())
+    if not known or found != bounds.get(name, (None, None)):
         return None
+    if not getattr(task, "_terminate_when_unhealthy", True):
+        return lambda obs: torch.zeros_like(obs[:, 0])
 
     def rule(obs: Tensor) -> Tensor:
         height = obs[:, 0]

@@ -660,9 +660,9 @@ def expand(rollout: Rollout, horizon: int, next_q: Tensor, alpha: Tensor, gamma:
 
 
 def tdk_loss(critic_loss: Tensor, q: Tensor, target: Tensor, alive: Tensor) -> Tensor:
-    """(8): (the real pair's loss + Σ_t mean over living rows of (Q_i − y_t)²) / H, arXiv 1803.00101, eq. 4.
+    """(The real pair's loss + Σ_t mean over living rows of (Q_i − y_t)²) / H, arXiv 1803.00101, eq. 4.
 
-    q [2, H, B] at imagined pairs, target and alive [H, B] -> scalar, on twin_loss's scale.
+    q [critics, H, B] at imagined pairs, target and alive [H, B] -> scalar, summed over critics.
     """
     assert q.shape[1:] == target.shape == alive.shape
     imagined = ((q - target).square() * alive).sum(2) / alive.sum(1).clamp_min(1)

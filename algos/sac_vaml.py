@@ -170,11 +170,11 @@ class ValueAwareModel:
     model_loss: Literal["mle", "vaml", "reg-vaml", "vaml-unbiased", "vagram"] = "reg-vaml"
     """(7), (8a), both (Lovatto et al. 2020), (8b) (ours) or (8c) (Voelcker et al. 2022)."""
     mle_coefficient: Fraction = 1e-3
-    """First c of reg-vaml (Lovatto et al. 2020)."""
-    mle_decay: Count = 15_000
-    """Steps over which c of reg-vaml falls to 0 (Lovatto et al. 2020: the whole run)."""
+    """First c of reg-vaml (Lovatto et al. 2020); reg-vaml alone."""
+    mle_decay: Count = 10_000
+    """Steps over which c of reg-vaml falls to 0 (Lovatto et al. 2020: the whole run); reg-vaml alone."""
     samples: Count = 1
-    """Samples n of (8a) and (8b) per transition (ours; the paper does not say)."""
+    """Samples n of (8a) and (8b) per transition (ours; the paper does not say); not for mle, vagram."""
     critic_actions: Literal["replay", "policy"] = "replay"
     """Actions of (1a) and (2): the recorded ones (Lovatto et al. 2020), or new ones of the policy."""
     outcomes: Literal["auto", "learned"] = "auto"
@@ -206,7 +206,8 @@ class Args(Run, SAC, ValueAwareModel):
         even = self.model_loss != "vaml-unbiased" or self.samples % 2 == 0
         require(even, "samples", self.samples, "even with --model-loss vaml-unbiased")
         enough = "at least 5 (a fifth is held out from the model)"
-        require(self.learning_starts >= 5, "learning_starts", self.learning_starts, enough)
+        for name in ("learning_starts", "buffer_size"):
+            require(getattr(self, name) >= 5, name, getattr(self, name), enough)
 
 
 class StackedLinear(nn.Module):
@@ -423,8 +424,8 @@ def known_outcome(env: gym.Env, device: torch.device):
     the state after the step, as in version 5; actions are in [−1, 1].
     """
     task = env.unwrapped
-    name = type(task).__name__
-    if name not in ("InvertedPendulumEnv", "PusherEnv"):
+    name = getattr(task.spec, "id", None)
+    if name not in ("InvertedPendulum-v5", "Pusher-v5"):
         return None
     low, high = (torch.as_tensor(x, device=device) for x in (task.action_space.low, task.action_space.high))
 
@@ -440,7 +441,7 @@ def known_outcome(env: gym.Env, device: torch.device):
         reward = -sum(w * x for w, x in zip(weights, (near, far, control), strict=True))
         return reward, torch.zeros_like(reward)
 
-    return inverted_pendulum_outcome if name == "InvertedPendulumEnv" else pusher_outcome
+    return inverted_pendulum_outcome if name == "InvertedPendulum-v5" else pusher_outcome
 
 
 def likelihood_loss(delta: Tensor, mean: Tensor, log_std: Tensor, varying: Tensor) -> Tensor:
@@ -583,14 +584,16 @@ class Agent:
         value = q - self.log_alpha.detach().exp() * squashed_log_prob(noise, log_std, u)  # (6)
         return value.view(obs.shape[:-1])
 
-    def model_loss(self, batch: Batch, share: float, samples: int, first_epoch: bool) -> Tensor:
-        """(9) with c = share; its gradient reaches ψ through V and the policy's action, no other weight."""
+    def model_loss(
+        self, batch: Batch, share: float, samples: int, first_epoch: bool, slope: Tensor | None = None
+    ) -> Tensor:
+        """(9) with c = share, or (8c) with slopes [B, n]; the gradient reaches ψ through V and the policy's
+        action, and no other weight."""
         kind, obs, action = self.args.model_loss, batch.obs[None], batch.action[None]
         delta, loss = (batch.next_obs - batch.obs)[None], torch.zeros((), device=self.device)
         if share > 0 or kind == "vagram":
             mean, log_std = self.model(obs, action)
         if kind == "vagram":
-            slope = self.value_slope(batch.next_obs)
             loss = gradient_aware_loss(delta - mean, slope)[0]  # (8c)
             return loss + (delta - mean).square().sum(2).mean() if first_epoch else loss
         if share > 0:
@@ -604,12 +607,20 @@ class Agent:
             loss = loss + (1 - share) * aware(value[None], imagined)[0]  # (8a, 8b, 9)
         return loss
 
-    def value_slope(self, obs: Tensor) -> Tensor:
-        """∂V/∂s at obs [B, n] -> [B, n], norms cut at their 0.95 quantile as released with VaGraM."""
-        noise = torch.randn(len(obs), self.actor.layers[2].out_features // 2, device=self.device)
-        with torch.enable_grad(), constant(self.actor):
-            obs = obs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.soft_value(obs, noise).sum(), obs)
+    def value_slopes(self, obs: Tensor) -> Tensor:
+        """∂V/∂s of the mean over critics at obs [N, n] -> [N, n], norms cut at their 0.95 quantile."""
+        found, alpha = [], self.log_alpha.detach().exp()
+        for part in obs.split(4096):
+            with torch.enable_grad(), constant(self.actor):
+                part = part.detach().requires_grad_()
+                mean, log_std = self.actor(part)
+                noise = torch.randn_like(mean)
+                u = mean + log_std.exp() * noise
+                value = self.critic_target(part, u.tanh()).mean(0) - alpha * squashed_log_prob(
+                    noise, log_std, u
+                )
+                found += torch.autograd.grad(value.sum(), part)
+        slope = torch.cat(found)
         norm = torch.linalg.vector_norm(slope, dim=1, keepdim=True)
         return slope * (norm.quantile(0.95) / norm).clamp_max(1).nan_to_num(1.0)
 
@@ -631,12 +642,15 @@ class Agent:
         order = torch.randperm(buffer.size, device=self.device)
         count = min(buffer.size // 5, 1_000)
         held, train = order[:count], order[count:]
-        known = buffer[order]
-        self.model.varying.copy_((known.next_obs != known.obs).any(0))
+        n, rows = len(self.model.varying), buffer.rows[: buffer.size]
+        self.model.varying.copy_((rows[:, -1 - n : -1] != rows[:, :n]).any(0))
+        slopes = torch.zeros(buffer.size, 0, device=self.device)
+        if args.model_loss == "vagram":  # those of this V, once per fit
+            slopes = self.value_slopes(rows[:, -1 - n : -1])
         taken, best, bad, kept = 0, math.inf, 0, copy.deepcopy(self.model.state_dict())
         for epoch in range(epochs):
             for at in train[torch.randperm(len(train), device=self.device)].split(args.model_batch):
-                loss = self.model_loss(buffer[at], share, args.samples, first and epoch == 0)
+                loss = self.model_loss(buffer[at], share, args.samples, first and epoch == 0, slopes[at])
                 self.model_optimizer.zero_grad()
                 loss.backward()
                 self.model_optimizer.step()
@@ -644,7 +658,7 @@ class Agent:
                 if taken == most:
                     break
             with torch.no_grad():
-                score = float(self.model_loss(buffer[held], share, max(8, args.samples), False))
+                score = float(self.model_loss(buffer[held], share, max(8, args.samples), False, slopes[held]))
             better = score < best
             if better:
                 best, kept = score, copy.deepcopy(self.model.state_dict())

@@ -298,13 +298,13 @@ def td_target(reward: Tensor, done: Tensor, next_q: Tensor, gamma: float) -> Ten
 
 
 def value_loss(q: Tensor, target: Tensor) -> Tensor:
-    """(2): squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
+    """Squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
     assert q.shape[1:] == target.shape
     return (q - target).square().mean(1).sum()
 
 
 def deterministic_actor_loss(q: Tensor) -> Tensor:
-    """(3): −mean Q(s, π(s)): [B] -> scalar."""
+    """−mean Q(s, π(s)): [B] -> scalar."""
     return -q.mean()
 
 

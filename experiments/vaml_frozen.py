@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
-SETTINGS = "env_id,every,steps,fit_steps,samples,hidden".split(",")  # one table, one set of these
+SETTINGS = "env_id,every,steps,fit_steps,samples,hidden,learning_starts,batch_size".split(
+    ","
+)  # one table, one set of these
 FIELDS = [*SETTINGS, *"c,seed,step,value_error,share,nll,std,taken".split(",")]
 SHARES = {"1": ("mle", 1.0), "0.001": ("reg-vaml", 0.001), "0": ("vaml", 0.0)}
 LABELS = {"1": "likelihood (c = 1)", "0.001": "regularised (c = 0.001)", "0": "value-aware (c = 0)"}
@@ -113,7 +115,7 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> list[dict]:
             obs_dim = rows.shape[1] - 2 - inputs
             torch.manual_seed(seed)
             found = fit(vaml, agent, rows[:step], [obs_dim, inputs - obs_dim], c, args)
-            row = {"c": c, "seed": seed, "step": step, "value_error": found["value_error"]}
+            row = {"c": c, "seed": str(seed), "step": str(step), "value_error": found["value_error"]}
             row |= {"share": found["value_error_share"], "nll": found["nll"], "std": found["std"]}
             table.append(settings | row | {"taken": int(found["fit_steps"])})
             write(table)

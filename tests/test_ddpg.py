@@ -1,5 +1,7 @@
 """DDPG, TD3 and DDPG-MVE: closed forms of targets and losses, cadence of updates, noise, known rewards."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -108,25 +110,91 @@ def test_an_imagined_end_cuts_the_rest():
 # ---------------------------------------------------------------- what an update moves
 
 
-@pytest.mark.parametrize("name", ["ddpg", "td3", "ddpg_mve"])
+THREE = ["ddpg", "td3", "ddpg_mve"]
+
+
+def apart(agent) -> None:
+    """Slow networks and model unlike the online ones, so that one cannot pass for the other."""
+    with torch.no_grad():
+        for part in (agent.actor_target, agent.critic_target, getattr(agent, "model", agent.critic_target)):
+            for parameter in part.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("name", THREE)
 def test_gradients_stay_with_their_own_networks(name, monkeypatch):
-    """Critics learn from their loss alone, the actor from its own; slow copies and model from neither."""
-    module, agent = load(name), make_agent(name)
-    losses = {"critic": recorded(monkeypatch, module, "value_loss")}
-    losses["actor"] = recorded(monkeypatch, module, "deterministic_actor_loss")
+    """Critics learn from their loss alone, the actor from its own; nothing else from either."""
+    module, agent, reached = (
+        load(name),
+        make_agent(name, "--policy-delay", 1) if name == "td3" else make_agent(name),
+        {},
+    )
+    parts = {part: getattr(agent, part) for part in ("critic", "actor", "model") if hasattr(agent, part)}
+    losses = {"value_loss": "critic", "deterministic_actor_loss": "actor"}
+    losses |= {"tdk_loss": "critic"} if name == "ddpg_mve" else {}
+
+    def watch(loss_name):
+        original = getattr(module, loss_name)
+
+        def watched(*inputs):
+            loss = original(*inputs)
+            for part, network in parts.items():
+                weights = list(network.parameters())
+                found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
+                reached[loss_name, part] = [g is not None for g in found]
+            return loss
+
+        monkeypatch.setattr(module, loss_name, watched)
+
+    for loss_name in losses:
+        watch(loss_name)
     agent.update(filled_buffer(module), 62)
-    q, y = losses["critic"][0]
-    assert q.requires_grad and not y.requires_grad
-    critic, actor = list(agent.critic.parameters()), list(agent.actor.parameters())
-    agent = make_agent(name)
-    for optimizer in [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]:
-        optimizer.step = lambda: None
-    agent.fit_deltas = lambda buffer: {}
-    agent.update(filled_buffer(module), 62)
-    slow = [*agent.actor_target.parameters(), *agent.critic_target.parameters()]
-    assert all(p.grad is None for p in slow) and len(critic) and len(actor)
+    for (loss_name, part), found in reached.items():
+        assert all(found) if losses[loss_name] == part else not any(found), (loss_name, part)
+    assert set(reached) == {(loss_name, part) for loss_name in losses for part in parts}
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_target_inside_an_update(name, monkeypatch):
+    """Against a slow loop over the batch: slow networks, ends, and for ddpg_mve H steps of the model."""
+    flags = {"td3": ("--policy-noise", 0.0), "ddpg_mve": ("--horizon", 2)}.get(name, ())
+    module, agent = load(name), make_agent(name, *flags)
+    apart(agent)
+    calls, buffer = recorded(monkeypatch, module, "value_loss"), filled_buffer(module)
+    pairs = recorded(monkeypatch, module, "tdk_loss") if name == "ddpg_mve" else []
     if name == "ddpg_mve":
-        assert all(p.grad is None for p in agent.model.parameters())
+        agent.update_deltas = lambda buffer, step: {}
+    before = {
+        part: copy.deepcopy(getattr(agent, part)) for part in ("actor_target", "critic_target", "critic")
+    }
+    torch.manual_seed(3)
+    agent.update(buffer, 62)
+    torch.manual_seed(3)
+    batch, (_, target) = buffer[buffer.sample(16)], calls[0]
+    assert 0 < batch.terminated.sum() < 16
+    with torch.no_grad():
+        for i in range(16):
+            obs, rewards, inner = batch.next_obs[i : i + 1], [], []
+            for _ in range(2 if name == "ddpg_mve" else 0):
+                action = before["actor_target"](obs)
+                inner.append((obs, action))
+                prediction = agent.model(obs, action)
+                obs, reward = obs + prediction[:, :1], prediction[0, 1].item()
+                rewards.append(reward)
+            action = before["actor_target"](obs)
+            value = before["critic_target"](obs, action)[:, 0].min().item()
+            remaining = []
+            for reward in reversed(rewards):
+                value = reward + 0.99 * value
+                remaining.insert(0, value)
+            expected = batch.reward[i] + 0.99 * (1 - batch.terminated[i]) * value
+            assert target[i].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
+            if name == "ddpg_mve":
+                _, q, y, alive = pairs[0]
+                assert y[:, i].tolist() == pytest.approx(remaining, rel=1e-4, abs=1e-5)
+                at = [before["critic"](s, a)[0, 0].item() for s, a in inner]
+                assert q[0, :, i].tolist() == pytest.approx(at, rel=1e-4, abs=1e-5)
+                assert alive[:, i].tolist() == [1 - batch.terminated[i].item()] * 2
 
 
 @pytest.mark.parametrize("name", ["ddpg", "td3"])
@@ -179,10 +247,10 @@ def test_gaussian_exploration(name):
 
 
 def test_parameter_noise_spares_layer_norms_and_adapts():
-    """ξ₀ = σ / layers; distance held at 0: ξ grows by 1.01 every 50 updates."""
+    """ξ₀ = σ / 2 / layers; distance held at 0: ξ grows by 1.01 every 50 updates."""
     flags = ("--exploration", "parameter", "--layer-norm", "--exploration-noise", 0.3)
     agent = make_agent("ddpg", *flags)
-    assert agent.noise_scale.item() == pytest.approx(0.1)
+    assert agent.noise_scale.item() == pytest.approx(0.05)
     agent.explore(torch.zeros(4, 1), 1)
     moved = {
         n: not torch.equal(a, b)
@@ -194,7 +262,7 @@ def test_parameter_noise_spares_layer_norms_and_adapts():
     agent.noisy_actor.forward = agent.actor.forward
     for number in range(1, 501):
         agent.explore(torch.zeros(4, 1), number)
-    assert agent.noise_scale.item() == pytest.approx(0.1 * 1.01**10, rel=1e-5)
+    assert agent.noise_scale.item() == pytest.approx(0.05 * 1.01**10, rel=1e-5)
 
 
 def test_parameter_noise_reaches_its_distance():

@@ -12,7 +12,12 @@ from tests.test_math import filled_buffer, recorded
 
 mbpo, sac = load("mbpo"), load("sac")
 TASKS = ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"]
-TASKS += ["Ant-v5", "Humanoid-v5"]
+TASKS += [
+    "Ant-v5",
+    "Humanoid-v5",
+    *(f"experiments.suites:mbpo/{n}-v0" for n in ("Ant", "Hopper", "Humanoid")),
+]
+TASKS += [f"experiments.suites:poplin/{n}-v0" for n in ("Hopper", "Walker2d", "Ant")]
 
 
 def make_agent(obs_dim: int = 1, action_dim: int = 1, **changes):
@@ -369,7 +374,7 @@ def test_rules_are_the_tasks_own(env_id):
     found = rule(torch.from_numpy(np.stack(seen)))
     wrong = int((found != torch.tensor(ended)).sum())
     assert wrong <= (1 if "Double" in env_id else 0)
-    assert (sum(ended) > 3) == (env_id != "HalfCheetah-v5")
+    assert (sum(ended) > 3) == (env_id != "HalfCheetah-v5" and "poplin" not in env_id)
 
 
 def test_rules_by_hand():
@@ -379,6 +384,7 @@ def test_rules_by_hand():
     obs[1, 0], obs[2, 1], obs[3, 7], obs[4, 3] = 0.7, -0.2, -100.0, math.nan
     assert rule(obs).tolist() == [0, 1, 1, 1, 1]
     assert mbpo.known_termination(gym.make("Pusher-v5")) is None
+    assert mbpo.known_termination(gym.make("Hopper-v5", healthy_z_range=(0.5, 2.0))) is None
     moved = gym.make("Hopper-v5", exclude_current_positions_from_observation=False)
     assert mbpo.known_termination(moved) is None  # other columns
 

@@ -200,7 +200,8 @@ def test_gradient_reaches_the_model_alone(kind):
     batch = vaml.Batch(
         torch.randn(20, 3), torch.randn(20, 2), torch.zeros(20), torch.randn(20, 3), torch.zeros(20)
     )
-    agent.model_loss(batch, agent.mle_share(0), 2, False).backward()
+    slope = agent.value_slopes(batch.next_obs) if kind == "vagram" else None
+    agent.model_loss(batch, agent.mle_share(0), 2, False, slope).backward()
     for part in (agent.actor, agent.critic, agent.critic_target):
         assert all(p.grad is None for p in part.parameters())
     assert agent.log_alpha.grad is None
@@ -263,11 +264,18 @@ def test_slopes_of_the_value():
     torch.manual_seed(7)
     noise = torch.randn(40, 1)
     torch.manual_seed(7)
-    slope, numeric = agent.value_slope(obs), torch.zeros(40, 2)
+    slope, numeric = agent.value_slopes(obs), torch.zeros(40, 2)
+
+    @torch.no_grad()
+    def value(obs):  # mean over critics
+        mean, log_std = agent.actor(obs)
+        u = mean + log_std.exp() * noise
+        log_prob = sac.squashed_log_prob(noise, log_std, u)
+        return agent.critic_target(obs, u.tanh()).mean(0) - agent.log_alpha.exp() * log_prob
+
     for d in range(2):
         step = 1e-2 * torch.eye(2)[d]
-        with torch.no_grad():
-            numeric[:, d] = (agent.soft_value(obs + step, noise) - agent.soft_value(obs - step, noise)) / 2e-2
+        numeric[:, d] = (value(obs + step) - value(obs - step)) / 2e-2
     norm = numeric.norm(dim=1)
     short = norm < norm.quantile(0.9)
     close = (slope - numeric).abs().amax(1) < 0.05 * norm.max()
@@ -308,8 +316,12 @@ def test_virtual_target(monkeypatch):
 
 def test_critics_can_learn_at_the_policys_actions(monkeypatch):
     for choice, same in (("replay", True), ("policy", False)):
-        agent, seen = make_agent(critic_actions=choice, model_interval=10**6), []
-        original = agent.imagine_next
+        agent, seen, taken = make_agent(critic_actions=choice, model_interval=10**6), [], []
+        original, critic = agent.imagine_next, agent.critic.forward
+        agent.critic.forward = lambda s, a, frozen=False, c=critic, t=taken: (
+            t if frozen else [*t, t.append((s, a))],
+            c(s, a, frozen),
+        )[1]
         agent.imagine_next = lambda obs, action, o=original, s=seen: (
             s.append((obs, action)),
             o(obs, action),
@@ -317,6 +329,7 @@ def test_critics_can_learn_at_the_policys_actions(monkeypatch):
         buffer = filled_buffer(vaml)
         agent.update(buffer, 1_000_001)
         obs, action = seen[-1]
+        assert torch.equal(taken[-1][0], obs) and torch.equal(taken[-1][1], action)
         known = {(round(s.item(), 5), round(a.item(), 5)) for s, a in buffer.rows[: buffer.size, :2]}
         used = [
             (round(s.item(), 5), round(a.item(), 5)) in known
@@ -342,7 +355,7 @@ def scripted(agent, scores: list[float], monkeypatch):
     weight = agent.model.mean.bias
     weight.data.zero_()
 
-    def model_loss(batch, share, samples, first_epoch):
+    def model_loss(batch, share, samples, first_epoch, slope):
         if torch.is_grad_enabled():
             steps.append((len(batch.obs), samples, first_epoch))
             return -weight.sum()
@@ -391,6 +404,40 @@ def test_fit_holds_out_a_fifth(monkeypatch):
     agent.model_optimizer.state["begun"] = {}  # not the first fit
     agent.fit_model_again(buffer, 75)
     assert sizes == {True: buffer.size - buffer.size // 5, False: buffer.size // 5}
+
+
+def test_a_capped_fit_still_looks_at_the_held_out_rows():
+    """Fewer steps than an epoch: the new weights are judged, and kept."""
+    agent = make_agent(fit_steps=2, model_batch=5, model_loss="mle")
+    agent.model_optimizer.state["begun"] = {}  # not the first fit
+    before = copy.deepcopy(agent.model.mean.weight)
+    agent.fit_model_again(filled_buffer(vaml), 75)
+    assert agent.fit_report[4] == 2 and not torch.equal(agent.model.mean.weight, before)
+
+
+def test_a_later_fit_forgets_the_scores_of_the_one_before(monkeypatch):
+    agent = make_agent(patience=2, model_batch=1000, fit_epochs=2)
+    sgd(agent)
+    weight, _, _ = scripted(agent, [1, 0.5, 9, 8], monkeypatch)
+    for step in (75, 100):
+        agent.fit_until_worse(filled_buffer(vaml), 0.0, 2, 1000)
+        assert weight.item() == 2 * step / 25 - 4
+
+
+def test_dimensions_that_never_change_are_found():
+    agent = make_agent(2, 1)
+    buffer = filled_buffer(vaml, obs_dim=2)
+    buffer.rows[:, 1] = buffer.rows[:, 5] = 0.45  # s_2 and s'_2
+    agent.fit_model_again(buffer, 61)
+    assert agent.model.varying.tolist() == [1, 0]
+
+
+def test_squared_error_helps_vagram_in_its_first_epoch():
+    agent, batch = make_agent(model_loss="vagram"), filled_buffer(vaml)[torch.arange(20)]
+    slope = agent.value_slopes(batch.next_obs)
+    plain, first = (agent.model_loss(batch, 0.0, 1, early, slope).item() for early in (False, True))
+    error = batch.next_obs - batch.obs - agent.model(batch.obs[None], batch.action[None])[0][0]
+    assert first - plain == pytest.approx(error.square().sum(1).mean().item(), rel=1e-4)
 
 
 def test_fit_comes_at_its_interval(monkeypatch):
@@ -466,6 +513,8 @@ def test_formulas_by_hand():
     reward, done = pusher(0 * obs, torch.full((1, 7), 0.5), obs)  # 1 in the task's units
     assert reward.item() == pytest.approx(-15.2, abs=1e-5) and done.item() == 0
     assert vaml.known_outcome(gym.make("Hopper-v5"), torch.device("cpu")) is None
+    old = gym.make("InvertedPendulum-v4")  # pays 1 on the terminating step
+    assert vaml.known_outcome(old, torch.device("cpu")) is None
 
 
 def test_outcomes_are_learned_where_unknown(tmp_path):
@@ -481,8 +530,9 @@ def test_outcomes_are_learned_where_unknown(tmp_path):
     reward, done = agent.predict_outcome(obs, action, after)
     assert (reward - batch.reward).square().mean() < 0.01 and (done == batch.terminated).float().mean() > 0.95
     assert "model/reward_loss" in scalars(run(NAME, tmp_path / "learned"))
-    known = run(NAME, tmp_path / "known", "--env-id", "InvertedPendulum-v5")
-    assert "model/reward_loss" not in scalars(known)
+    pendulum = ["--env-id", "InvertedPendulum-v5"]
+    assert "model/reward_loss" not in scalars(run(NAME, tmp_path / "known", *pendulum))
+    assert "model/reward_loss" in scalars(run(NAME, tmp_path / "not", *pendulum, "--outcomes", "learned"))
 
 
 def test_what_is_logged(tmp_path):

@@ -13,7 +13,7 @@ from a Gaussian ensemble at the actor's own action, one random member per state.
 
 ∇_a of the error is g − ∇_a Q, and only its second part depends on the critics: g is computed once and held,
 which gives the same gradient as differentiating through the model twice. --grad-weight 0 is Dyna-TD3: the
-same learner, no idea. Networks are smooth (SiLU), observations normalised. The model is sac_mve.py's:
+same learner, no idea. Actor and critics are smooth (SiLU). The model is sac_mve.py's:
 
     L_f = mean Σ_j (Δ_j − μ_j)² / σ_j² + log σ_j²,  Δ = (s' − s, r)                               (6)
     L_d = cross-entropy of the termination of (s, a, s')                                          (7)

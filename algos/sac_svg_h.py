@@ -271,7 +271,7 @@ class Args(Run, SAC, ActorExpansion):
             names = ("horizon", "target_entropy", "final_entropy", "entropy_decay")
             horizon, entropies = SCHEDULES[task][2 * (given.preset == "released") :][:2]
             values |= zip(names, (horizon, *map(float, entropies)), strict=True)
-            values["log_std"] = "tanh"  # some final entropies are below its reach, and meant to be
+            values["log_std"] = "tanh"  # as released
         return values
 
 

@@ -212,7 +212,8 @@ class Args(Run, STEVE, EnsembleTargets):
         require(
             self.batch_size >= most, "batch_size", self.batch_size, f"at least {most}, one for each member"
         )
-        require(not self.tdk or self.reduction == "last", "tdk", self.tdk, "off but for --reduction last")
+        usable = not self.tdk or (self.reduction == "last" and self.horizon > 0)
+        require(usable, "tdk", self.tdk, "off but for --reduction last and a --horizon above 0")
 
     @classmethod
     def defaults(cls, argv: list[str] | None) -> dict[str, object]:
@@ -379,12 +380,11 @@ def horizon_weights(targets: Tensor, reduction: str, td_lambda: float) -> Tensor
         weights = 1 / (targets.var(1, correction=0) + 1e-8)  # (3)
         return weights / weights.sum(0)
     if reduction == "covariance":
-        apart = targets - targets.mean(1, keepdim=True)
-        matrix = torch.einsum("isb,jsb->bij", apart, apart) + 1e-3 * torch.eye(
-            count, dtype=targets.dtype, device=targets.device
-        )
+        apart = (targets - targets.mean(1, keepdim=True)).double()  # float32 cannot tell correlated horizons
+        matrix = torch.einsum("isb,jsb->bij", apart, apart)
+        matrix = matrix + 1e-3 * torch.eye(count, dtype=matrix.dtype, device=matrix.device)
         weights = torch.linalg.solve(matrix, torch.ones_like(matrix[:, :, :1]))[..., 0].T
-        return weights / weights.sum(0)
+        return (weights / weights.sum(0)).to(targets.dtype)
     by_horizon = {
         "mean": [1 / count] * count,
         "last": [0.0] * (count - 1) + [1.0],
@@ -412,7 +412,7 @@ class Agent:
     """Deterministic actor, ensembles of critics and of models, slow copies of the critics."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        self.args, self.device, self.sizes = args, device, (obs_dim, action_dim)
+        self.args, self.device = args, device
         hidden, both = [args.hidden] * 3, obs_dim + action_dim
         self.actor = StackedMLP(1, [obs_dim, *hidden, action_dim], layer_norm=False).to(device)
         self.critic = QFunctions(args.critics, [both, *hidden, 1], layer_norm=False).to(device)
@@ -500,7 +500,7 @@ class Agent:
             dealt = deal(args.batch_size, args.critics, self.device)
             q = self.pair_values(batch.obs[dealt], batch.action[dealt])
             critic_loss = half_squared_error(q, target[dealt])  # (4)
-            if args.tdk and args.horizon > 0:
+            if args.tdk:
                 critic_loss = (critic_loss + self.tdk_losses(imagined, q_end)) / (args.horizon + 1)
             mean = self.actor(batch.obs)[0]
             actor_loss = -self.critic(batch.obs, mean.tanh(), frozen=True).mean()

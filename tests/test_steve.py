@@ -86,6 +86,15 @@ def test_covariance_of_independent_horizons_is_inverse_variance():
     assert torch.allclose(weights, steve.horizon_weights(samples, "stev", 0.25), atol=1e-6)
 
 
+def test_covariance_of_correlated_horizons_survives_float32():
+    """Four horizons that share nearly all of a spread of 100: the same weights in both precisions."""
+    torch.manual_seed(0)
+    samples = 100 * torch.randn(1, 64, 20, dtype=D) + 0.1 * torch.randn(4, 64, 20, dtype=D)
+    samples = samples.float()
+    exact = steve.horizon_weights(samples.double(), "covariance", 0.25)
+    assert torch.allclose(steve.horizon_weights(samples, "covariance", 0.25).double(), exact, atol=1e-4)
+
+
 def test_inverse_variance_is_best_for_independent_estimators():
     """Monte Carlo: the variance of the weighted mean is 1 / Σ σ⁻²."""
     torch.manual_seed(0)
@@ -340,6 +349,7 @@ def test_presets():
     ("flags", "text"),
     [
         (["--tdk"], "--tdk True: must be off but for --reduction last"),
+        (["--tdk", "--reduction", "last", "--horizon", "0"], "--tdk True: must be off"),
         (["--batch-size", "3", "--critics", "4"], "--batch-size 3: must be at least 4"),
         (["--explore-chance", "2"], "--explore-chance 2.0: must be in [0, 1]"),
     ],

@@ -380,7 +380,8 @@ def horizon_weights(targets: Tensor, reduction: str, td_lambda: float) -> Tensor
         weights = 1 / (targets.var(1, correction=0) + 1e-8)  # (3)
         return weights / weights.sum(0)
     if reduction == "covariance":
-        apart = (targets - targets.mean(1, keepdim=True)).double()  # float32 cannot tell correlated horizons
+        apart = targets.double()  # in float32 correlated horizons cannot be told apart
+        apart = apart - apart.mean(1, keepdim=True)
         matrix = torch.einsum("isb,jsb->bij", apart, apart)
         matrix = matrix + 1e-3 * torch.eye(count, dtype=matrix.dtype, device=matrix.device)
         weights = torch.linalg.solve(matrix, torch.ones_like(matrix[:, :, :1]))[..., 0].T

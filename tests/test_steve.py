@@ -92,7 +92,7 @@ def test_covariance_of_correlated_horizons_survives_float32():
     samples = 100 * torch.randn(1, 64, 20, dtype=D) + 0.1 * torch.randn(4, 64, 20, dtype=D)
     samples = samples.float()
     exact = steve.horizon_weights(samples.double(), "covariance", 0.25)
-    assert torch.allclose(steve.horizon_weights(samples, "covariance", 0.25).double(), exact, atol=1e-4)
+    assert torch.allclose(steve.horizon_weights(samples, "covariance", 0.25).double(), exact, rtol=1e-5)
 
 
 def test_inverse_variance_is_best_for_independent_estimators():

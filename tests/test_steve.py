@@ -317,15 +317,15 @@ def test_tdk_targets_are_what_remains():
     """At s_j the rest of the longest target, given that s_j is reached; weighted by the chance of that."""
     agent = make_agent(1, 1, horizon=2, members=1, reward_members=1, critics=1, tdk=True, gamma=0.5)
     one = torch.ones(1, 4, 1)
-    chances, paid = torch.tensor([1.0, 0.5, 0.25]), torch.tensor([2.0, 4.0])
+    chances, paid = torch.tensor([0.8, 0.4, 0.2]), torch.tensor([2.0, 4.0])
     imagined = steve.Imagination(
         torch.stack([0 * one, one, 2 * one]), torch.stack([one, one, one]),
         paid[:, None, None, None].expand(2, 1, 1, 4), chances[:, None, None].expand(3, 1, 4),
     )  # fmt: skip
     q_end = torch.full((3, 1, 1, 4), 8.0)
     agent.pair_values = lambda obs, action: torch.zeros(obs.shape[:2])
-    # y(s_1) = 4 + ½ · ½ · 8 = 6, reached with ½;  y(s_0) = 2 + ½ · ½ · 6 = 3.5, reached surely
-    expected = 0.5 * (0.5 * 6**2 + 3.5**2)
+    # y(s_1) = 4 + ½ · ½ · 8 = 6, reached with 0.4;  y(s_0) = 2 + ½ · ½ · 6 = 3.5, reached with 0.8
+    expected = 0.5 * (0.4 * 6**2 + 0.8 * 3.5**2)
     assert agent.tdk_losses(imagined, q_end).item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -186,6 +186,8 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("mage: model learns from the critics", "with constant(self.model):\n            next_obs", "with contextlib.nullcontext():\n            next_obs", MAGE),
     ("mage: ends ignored", "return td_target(reward, ended, self.critic_target(seen", "return td_target(reward, 0 * ended, self.critic_target(seen", MAGE),
     ("mage: critics delayed", "            polyak(self.critic_target, self.critic, args.tau)  # (4)\n        return metrics | found", "                polyak(self.critic_target, self.critic, args.tau)  # (4)\n        return metrics | found", MAGE),
+    ("mage: actor climbs the mean", "frozen=True).amin(0).mean()  # (3)", "frozen=True).mean(0).mean()  # (3)", MAGE),
+    ("mage: norm clipped, not elements", "nn.utils.clip_grad_value_(", "nn.utils.clip_grad_norm_(", MAGE),
     ("mage: weights swapped", "loss = args.grad_weight * action_gradient_loss(error)", "loss = args.td_weight * action_gradient_loss(error)", MAGE),
     ("mage: observations not normalised", "action = self.actor(self.model.normalize(obs))\n        if not", "action = self.actor(obs)\n        if not", MAGE),
     ("mbpo: rollouts go on after their end", "next_obs[done == 0]", "next_obs", MBPO),

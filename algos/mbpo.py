@@ -497,11 +497,9 @@ class ImaginedReplay(nn.Module):
         return torch.cat([self.rows[first : self.size], self.rows[:first]])
 
     def resize(self, capacity: int) -> None:
-        """Another capacity; the newest transitions stay. Raises BadInput if it exceeds the memory."""
+        """Another capacity; the newest transitions stay."""
         if capacity == len(self.rows):
             return
-        most = int(0.9 * available_memory(self.rows.device) / (8 * sum(self.widths)))
-        require(capacity <= most, "rollout_batch", capacity, f"such that {most} imagined transitions suffice")
         kept = self.in_order()[-capacity:] if self.added else self.rows
         self.rows = torch.zeros(capacity, sum(self.widths), device=self.rows.device)
         self.rows[: len(kept)], self.added = kept, len(kept)
@@ -620,6 +618,11 @@ class Agent:
         self.rule = known_termination(env) if self.args.termination_rule == "auto" else None
         if self.rule is not None:
             del self.termination, self.termination_optimizer
+        longest = max(0, self.args.total_timesteps - self.args.learning_starts - 1) // self.args.epoch_length
+        needed = self.room(longest)[1] if self.args.real_ratio < 1 else 0
+        most = int(0.9 * available_memory(self.device) / (8 * sum(self.imagined.widths)))  # and a checkpoint
+        fits = f"such that the {needed} transitions it imagines at last are at most {most}"
+        require(needed <= most, "rollout_batch", self.args.rollout_batch, f"{fits}, for the memory here")
         return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
 
     @torch.no_grad()
@@ -736,14 +739,20 @@ class Agent:
         """Logit [B] that the step from obs [B, n] to next_obs [B, n] ended the episode."""
         return self.termination(self.model.normalize(obs), action, self.model.normalize(next_obs))
 
-    @torch.no_grad()
-    def branch(self, buffer: ReplayBuffer, epoch: int) -> None:
-        """(7): rollouts of the present policy from replayed states, all of them into the imagined replay."""
+    def room(self, epoch: int) -> tuple[int, int]:
+        """Steps of an epoch's rollouts, and how many transitions the imagined replay then holds."""
         args = self.args
         growth = (args.growth_starts, args.growth_ends, args.rollout_length, args.rollout_length_max)
         steps = rollout_steps(epoch, *growth)
         lot = steps * args.rollout_batch
-        self.imagined.resize(args.retain_epochs * max(lot * args.epoch_length // args.model_interval, lot))
+        return steps, args.retain_epochs * max(lot * args.epoch_length // args.model_interval, lot)
+
+    @torch.no_grad()
+    def branch(self, buffer: ReplayBuffer, epoch: int) -> None:
+        """(7): rollouts of the present policy from replayed states, all of them into the imagined replay."""
+        args = self.args
+        steps, capacity = self.room(epoch)
+        self.imagined.resize(capacity)
         obs, ends, before = buffer[buffer.sample(args.rollout_batch)].obs, 0.0, self.imagined.added
         for _ in range(steps):
             action = self.actor.sample(obs)[0]

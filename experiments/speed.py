@@ -1,6 +1,7 @@
 """Environment steps per second of an algorithm's real loop, beside Stable-Baselines3 and SBX.
 
     python experiments/speed.py                       # sac.py and installed peers, 1 and 2 threads
+    python experiments/speed.py --algo td3            # beside their TD3; ddpg beside their DDPG
     python experiments/speed.py --algo sac_mve --env-id InvertedPendulum-v5 --peers -- --horizon 3
 
 Same task, networks (256 x 256), batch (256), one update per step and threads for all. Each measurement is a
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}
+LEARNERS = {"ddpg": "DDPG", "td3": "TD3", "ddpg_mve": "DDPG", "mage": "TD3"}  # of a peer; else SAC
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
@@ -71,13 +73,15 @@ def measure_ours(algo: str, env_id: str, threads: int, warm_up: int, steps: int,
     return every * len(points) / sum(every / value for value in points)
 
 
-def measure_peer(peer: str, env_id: str, threads: int, warm_up: int, steps: int) -> float:
+def measure_peer(peer: str, algo: str, env_id: str, threads: int, warm_up: int, steps: int) -> float:
     """Steps/s of the peer's own learn() after the same warm-up, in a fresh process."""
     command = [
         sys.executable,
         __file__,
         "--worker",
         peer,
+        "--algo",
+        algo,
         "--env-id",
         env_id,
         "--steps",
@@ -94,9 +98,12 @@ def measure_peer(peer: str, env_id: str, threads: int, warm_up: int, steps: int)
     return float(run.stdout.split()[-1])
 
 
-def worker(peer: str, env_id: str, warm_up: int, steps: int) -> None:
+def worker(peer: str, algo: str, env_id: str, warm_up: int, steps: int) -> None:
     """Runs inside measure_peer's process: prints steps/s."""
+    import gymnasium as gym
+    import numpy as np
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.noise import NormalActionNoise
 
     class Clock(BaseCallback):
         started = 0.0
@@ -106,18 +113,20 @@ def worker(peer: str, env_id: str, warm_up: int, steps: int) -> None:
                 self.started = time.perf_counter()
             return True
 
+    learner, options = LEARNERS.get(algo, "SAC"), {}
     if peer == "sb3":
+        import stable_baselines3 as library
         import torch
-        from stable_baselines3 import SAC
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         options = {"device": "cpu"}
     else:
-        from sbx import SAC
-
-        options = {}
+        import sbx as library
+    if learner != "SAC":  # ours explores by the same noise
+        width = gym.make(env_id).action_space.shape[0]
+        options["action_noise"] = NormalActionNoise(np.zeros(width), np.full(width, 0.1))
     clock = Clock()
-    model = SAC(
+    model = getattr(library, learner)(
         "MlpPolicy",
         env_id,
         learning_starts=warm_up,
@@ -178,7 +187,7 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="after --: arguments for the algorithm")
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.env_id, args.warm_up, args.steps)
+        return worker(args.worker, args.algo, args.env_id, args.warm_up, args.steps)
 
     peers = [peer for peer in args.peers if importlib.util.find_spec(PEERS[peer])]
     for peer in set(args.peers) - set(peers):
@@ -192,9 +201,11 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, values in speeds.items():
                 sizes = (args.env_id, threads, args.warm_up, args.steps)
-                values.append(
-                    measure_peer(name, *sizes) if name in PEERS else measure_ours(name, *sizes, args.extra)
+                peer = name in PEERS
+                speed = (
+                    measure_peer(name, args.algo, *sizes) if peer else measure_ours(name, *sizes, args.extra)
                 )
+                values.append(speed)
         ours = statistics.median(speeds[args.algo])
         for name, values in speeds.items():
             ratio = "" if name == args.algo else f"{ours / statistics.median(values):.2f}"

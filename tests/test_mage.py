@@ -185,6 +185,56 @@ def test_weights_scale_the_loss():
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
 
 
+def test_critics_and_actor_learn_from_their_own_loss_alone(monkeypatch):
+    """No gradient is left over: of (2) in the actor, of (3) in the critics, of the update before."""
+    agent, buffer = make_agent(policy_delay=1, updates_per_step=1, gradient_clip=1e9), filled_buffer(mage)
+    agent.update_model = lambda *a: {}
+    for step in (61, 62):
+        for optimizer in (agent.critic_optimizer, agent.actor_optimizer):
+            monkeypatch.setattr(optimizer, "step", lambda: None)  # the weights stay, so do the gradients
+        torch.manual_seed(step)
+        agent.update(buffer, step)
+        found = [p.grad.clone() for p in [*agent.critic.parameters(), *agent.actor.parameters()]]
+        torch.manual_seed(step)
+        obs = buffer[buffer.sample(agent.args.batch_size)].obs
+        seen = agent.model.normalize(obs)
+        loss, _ = agent.critic_loss(obs, agent.actor(seen))
+        expected = torch.autograd.grad(loss, list(agent.critic.parameters()))
+        climb = -agent.critic(seen, agent.actor(seen)).amin(0).mean()
+        expected += torch.autograd.grad(climb, list(agent.actor.parameters()))
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def test_without_gradient_weight_critics_learn_as_in_td3():
+    """The gradient of Huber TD3 on what the model imagines, to the last bit."""
+    agent, obs = smooth_agent(grad_weight=0.0), torch.randn(16, 3)
+    action = agent.actor(agent.model.normalize(obs)).detach()
+    torch.manual_seed(2)
+    found = torch.autograd.grad(agent.critic_loss(obs, action)[0], list(agent.critic.parameters()))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        next_obs, reward = agent.model.step(obs, action)
+        ended = (agent.predict_termination(obs, action, next_obs) > 0).float()
+        seen = agent.model.normalize(next_obs)
+        noise = (0.2 * torch.randn_like(action)).clamp(-0.5, 0.5)
+        next_action = (agent.actor_target(seen) + noise).clamp(-1, 1)
+        target = reward + 0.99 * (1 - ended) * agent.critic_target(seen, next_action).amin(0)
+    q = agent.critic(agent.model.normalize(obs), action.expand(2, -1, -1))
+    loss = 0.5 * torch.nn.functional.huber_loss(q, target.expand(2, -1), reduction="none").mean(1).sum()
+    expected = torch.autograd.grad(loss, list(agent.critic.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_model_warms_up_once():
+    for model_updates, later in ((3, 3), (0, 1)):  # 0: one for each 32 768 stored transitions
+        agent, fits = make_agent(model_updates=model_updates, model_warm_up=7), []
+        agent.fit_model = lambda buffer, fits=fits: fits.append(1) or {}
+        agent.update_model(filled_buffer(mage), agent.args.learning_starts + 1)
+        assert len(fits) == later + 7
+        agent.update_model(filled_buffer(mage), agent.args.learning_starts + 2)
+        assert len(fits) == 2 * later + 7
+
+
 def test_cadence(monkeypatch):
     """After four updates the slow critics moved four times, actor and slow actor twice."""
     agent, moved = make_agent(updates_per_step=4), recorded(monkeypatch, mage, "polyak")

@@ -64,19 +64,32 @@ def test_settings_of_the_tasks():
     ],
 )
 def test_capacity_of_the_imagined_replay(settings, capacity, monkeypatch):
-    agent, seen = make_agent(epoch_length=1_000, **{"model_interval": 250} | settings), []
-
-    class Stop(Exception):
-        pass
-
-    def resize(wanted):
-        seen.append(wanted)
-        raise Stop
-
-    monkeypatch.setattr(agent.imagined, "resize", resize)
-    with pytest.raises(Stop):
+    agent = make_agent(epoch_length=1_000, **{"model_interval": 250} | settings)
+    assert agent.room(0)[1] == capacity
+    seen = []
+    monkeypatch.setattr(agent.imagined, "resize", lambda wanted: seen.append(wanted) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         agent.branch(filled_buffer(mbpo), 0)
     assert seen == [capacity]
+
+
+def test_memory_is_asked_for_at_the_start(monkeypatch):
+    """The largest imagined replay of the whole run, long before its rollouts grow to that; exit 2 from it."""
+    flags = "--epoch-length 10 --model-interval 10 --rollout-batch 100 --rollout-length-max 11".split()
+    flags += "--growth-starts 1 --growth-ends 11 --learning-starts 60 --total-timesteps 120".split()
+    args = mbpo.parse([*tiny("mbpo"), *flags])  # 60 steps learn: the last epoch is 5, and k then
+    env, agent = mbpo.make_env("Pendulum-v1"), mbpo.Agent(args, 3, 1, torch.device("cpu"))
+    assert [agent.room(epoch) for epoch in (0, 2, 5)] == [(1, 100), (2, 200), (5, 500)]
+    bytes_of_500 = 8 * 500 * (3 + 1 + 1 + 3 + 1) / 0.9
+    monkeypatch.setattr(mbpo, "available_memory", lambda device: 1e9)
+    agent.make_buffer(10, env)
+    monkeypatch.setattr(mbpo, "available_memory", lambda device: 1.001 * bytes_of_500)
+    agent.make_buffer(10, env)
+    monkeypatch.setattr(mbpo, "available_memory", lambda device: 0.99 * bytes_of_500)
+    with pytest.raises(mbpo.BadInput, match="--rollout-batch 100: must be such that the 500 transitions"):
+        agent.make_buffer(10, env)
+    agent.args.real_ratio = 1.0  # imagines nothing
+    agent.make_buffer(10, env)
 
 
 @pytest.mark.parametrize(("ended", "expected"), [(0.0, 4 * 50), (1.0, 50)])
@@ -130,8 +143,6 @@ def test_imagined_ring():
     assert ring.in_order()[:, 0].tolist() == [9, 10, 11, 12, 13, 14] and ring.size == 6
     drawn = ring.draw(500)
     assert set(drawn.reward.tolist()) == {9, 10, 11, 12, 13, 14} and drawn.obs.shape == (500, 1)
-    with pytest.raises(mbpo.BadInput, match="rollout-batch"):
-        ring.resize(10**14)
 
 
 # ---------------------------------------------------------------- the ensemble
@@ -206,6 +217,37 @@ def test_gradient_of_a_member_is_its_own():
     for layer in model.layers:
         assert [bool(layer.weight.grad[e].abs().sum() > 0) for e in range(3)] == [False, True, False]
     assert model.max_log_var.grad.abs().sum() > 0
+
+
+def test_a_row_that_a_member_never_draws_never_moves_it(monkeypatch):
+    """With the shared bounds frozen, the target of a row in one bootstrap alone changes that member alone."""
+
+    def refitted(shift: float):
+        torch.manual_seed(3)
+        agent = make_agent(members=2, elites=1, batch_size=20, model_epochs=1)
+        agent.rule = lambda obs: obs[:, 0]
+        agent.model.max_log_var.requires_grad_(False), agent.model.min_log_var.requires_grad_(False)
+        agent.held_out_errors = lambda held: torch.tensor([1.0, 1.0])
+        seen, draw = [], torch.randint
+
+        def bootstraps(high, size, **kwargs):
+            rows = draw(high, size, **kwargs)
+            rows[0][rows[0] == 7] = 8
+            rows[1, 0] = 7
+            return (seen.append(rows), rows)[1]
+
+        monkeypatch.setattr(mbpo.torch, "randint", bootstraps)
+        buffer = filled_buffer(mbpo)
+        order = torch.randperm(buffer.size)
+        monkeypatch.setattr(mbpo.torch, "randperm", lambda n, device=None: order)
+        buffer.rows[order[buffer.size // 5 + 7], 2] += shift  # its reward
+        agent.refit(buffer)
+        monkeypatch.undo()
+        assert len(seen) == 1 and 7 not in seen[0][0] and 7 in seen[0][1]
+        return [layer.weight.detach() for layer in agent.model.layers]
+
+    for before, after in zip(refitted(0.0), refitted(5.0), strict=True):
+        assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
 def scripted(agent, errors: list[list[float]], monkeypatch):

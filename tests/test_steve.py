@@ -1,5 +1,6 @@
 """STEVE: candidates, weights, targets in closed form, one member per datum, schedule, the tabular chain."""
 
+import copy
 import csv
 import itertools
 import math
@@ -192,31 +193,101 @@ def test_imagination_against_a_plain_loop():
     found = agent.imagine_all(obs, ended, 3)
     q = agent.judge_all(found)
 
-    def network(stack, member: int, x: torch.Tensor) -> torch.Tensor:
-        for i, layer in enumerate(stack.layers):
-            x = x @ layer.weight[member] + layer.bias[member, 0]
-            x = x.relu() if i < len(stack.layers) - 1 else x
-        return x
-
     for m in range(3):
         s, alive = obs, 1 - ended
-        a = network(agent.actor, 0, s).tanh()
+        a = plain(agent.actor, 0, s).tanh()
         for h in range(4):
             if h:
-                after = s + network(agent.transition, m, torch.cat([s, a], 1))
+                after = s + plain(agent.transition, m, torch.cat([s, a], 1))
                 parts = torch.cat([after, s, a], 1)
                 for r in range(2):
-                    paid = network(agent.rewards, r, parts)[:, 0]
+                    paid = plain(agent.rewards, r, parts)[:, 0]
                     assert torch.allclose(found.rewards[h - 1, m, r], paid, atol=1e-5)
-                alive = alive * (1 - network(agent.termination, m, parts)[:, 0].sigmoid())
+                alive = alive * (1 - plain(agent.termination, m, parts)[:, 0].sigmoid())
                 s = after
-                a = network(agent.actor, 0, s).tanh()
+                a = plain(agent.actor, 0, s).tanh()
             assert torch.allclose(found.obs[h, m], s, atol=1e-5)
             assert torch.allclose(found.action[h, m], a, atol=1e-5)
             assert torch.allclose(found.alive[h, m], alive, atol=1e-5)
             for l in range(4):  # noqa: E741
-                value = network(agent.critic_target, l, torch.cat([s, a], 1))[:, 0]
+                value = plain(agent.critic_target, l, torch.cat([s, a], 1))[:, 0]
                 assert torch.allclose(q[h, m, l], value, atol=1e-4)
+
+
+def plain(network, member: int, x: torch.Tensor) -> torch.Tensor:
+    """One member of a stack, layer by layer: [B, inputs] -> [B, outputs]."""
+    for i, layer in enumerate(network.layers):
+        x = x @ layer.weight[member] + layer.bias[member, 0]
+        x = x.relu() if i < len(network.layers) - 1 else x
+    return x
+
+
+def in_turn(count: int, members: int, device) -> torch.Tensor:
+    """Rows dealt in their order, instead of at random."""
+    return torch.arange(count - count % members).view(members, -1)
+
+
+def test_target_of_an_update_by_plain_loops(monkeypatch):
+    """H = 2, every (m, r', l) and horizon one by one, with slow critics that differ, mixed terminations."""
+    agent = make_agent(2, 1, horizon=2, members=2, reward_members=3, critics=2, batch_size=10, gamma=0.9)
+    buffer, losses = filled_buffer(steve, obs_dim=2), recorded(monkeypatch, steve, "half_squared_error")
+    buffer.sample = lambda count: torch.arange(5, 15)  # row 9 terminated
+    monkeypatch.setattr(steve, "deal", in_turn)
+    agent.fit_ensembles = lambda buffer: {}
+    with torch.no_grad():
+        for module in (agent.transition, agent.termination, agent.rewards, agent.critic_target):
+            for parameter in module.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    policy = copy.deepcopy(agent.actor)
+    agent.update(buffer, 61)
+    batch, found = buffer[torch.arange(5, 15)], losses[0][1]
+    for row in range(10):
+        by_horizon = [[], [], []]
+        for m, r, c in itertools.product(range(2), range(3), range(2)):
+            s, alive = batch.next_obs[row][None], 1 - batch.terminated[row].item()
+            total = batch.reward[row].item()
+            for h in range(3):
+                a = plain(policy, 0, s).tanh()
+                end = alive * plain(agent.critic_target, c, torch.cat([s, a], 1)).item()
+                by_horizon[h].append(total + 0.9 ** (h + 1) * end)
+                after = s + plain(agent.transition, m, torch.cat([s, a], 1))
+                step = torch.cat([after, s, a], 1)
+                total += 0.9 ** (h + 1) * alive * plain(agent.rewards, r, step).item()
+                alive, s = alive * (1 - plain(agent.termination, m, step).sigmoid().item()), after
+        weights = [1 / (np.var(values) + 1e-8) for values in by_horizon]
+        expected = sum(w * np.mean(v) for w, v in zip(weights, by_horizon, strict=True)) / sum(weights)
+        assert found.flatten()[row].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert found.shape == (2, 5) and batch.terminated.sum() == 1
+
+
+def test_losses_of_the_models_by_hand(monkeypatch):
+    """(6) with three observations: sums over them, means over rows; the decay pulls biases too."""
+    agent, buffer = make_agent(3, 2, members=2, reward_members=3, batch_size=12, weight_decay=0.5), None
+    buffer = filled_buffer(steve, obs_dim=3, action_dim=2)
+    buffer.sample = lambda count: torch.arange(count)
+    monkeypatch.setattr(steve, "deal", in_turn)
+    batch, before = buffer[torch.arange(12)], {}
+    x = torch.cat([batch.obs, batch.action], 1)
+    for name in ("transition", "rewards", "termination"):
+        before[name] = copy.deepcopy(getattr(agent, name))
+    found = agent.fit_ensembles(buffer)
+    moved = paid = ended = 0.0
+    for row in range(12):
+        member, payer = row // 6, row // 4
+        delta = plain(before["transition"], member, x[row][None])[0]
+        step = torch.cat([batch.next_obs[row], x[row]])[None]
+        logit = plain(before["termination"], member, step)[0, 0]
+        moved = moved + 0.5 * (batch.next_obs[row] - batch.obs[row] - delta).square().sum() / 12
+        paid = paid + 0.5 * (batch.reward[row] - plain(before["rewards"], payer, step)[0, 0]).square() / 12
+        chance = logit.sigmoid()
+        ended = ended - (chance if batch.terminated[row] else 1 - chance).log() / 12
+    expected = {"transition": moved, "reward": paid, "termination": ended}
+    for name, loss in expected.items():
+        assert found[f"model/{name}_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    moved.backward()
+    for old, new in zip(before["transition"].parameters(), agent.transition.parameters(), strict=True):
+        first_moment = agent.model_optimizer.state[new]["exp_avg"]
+        assert torch.allclose(first_moment, 0.1 * (old.grad + 0.5 * old.detach()), atol=1e-6)
 
 
 def test_each_datum_trains_one_critic(monkeypatch):
@@ -299,6 +370,9 @@ def test_exploration_by_dimension():
     calm = agent.act(obs, deterministic=True)
     changed = agent.act(obs) != calm
     assert changed.mean() == pytest.approx(0.05, abs=0.01)
+    before = np.arctanh(agent.act(obs)) - np.arctanh(calm)  # the noise is on what the tanh squashes
+    noise = before[np.abs(before) > 1e-4]
+    assert noise.std() == pytest.approx(1, abs=0.08) and abs(noise.mean()) < 0.1
     agent.args.explore_chance = 0.0
     assert np.array_equal(agent.act(obs), calm) and np.abs(calm).max() <= 1
 
@@ -327,6 +401,43 @@ def test_tdk_targets_are_what_remains():
     # y(s_1) = 4 + ½ · ½ · 8 = 6, reached with 0.4;  y(s_0) = 2 + ½ · ½ · 6 = 3.5, reached with 0.8
     expected = 0.5 * (0.4 * 6**2 + 0.8 * 3.5**2)
     assert agent.tdk_losses(imagined, q_end).item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_tdk_of_ensembles_by_plain_loops(monkeypatch):
+    """Two models, rewards and critics: means over r' and l, pairs of each m dealt to critics."""
+    agent = make_agent(1, 1, horizon=2, members=2, reward_members=2, critics=2, tdk=True, gamma=0.5)
+    torch.manual_seed(0)
+    obs, action = torch.randn(3, 2, 4, 1), torch.randn(3, 2, 4, 1)
+    alive, paid = torch.rand(3, 2, 4).cumprod(0), torch.randn(2, 2, 2, 4)
+    q_end = torch.randn(3, 2, 2, 4)
+    monkeypatch.setattr(steve, "deal", in_turn)
+    critics = torch.tensor([1.0, -2.0])[:, None]
+    agent.pair_values = lambda obs, action: critics * (obs + 3 * action).squeeze(2)
+    total = 0.0
+    for j in range(2):
+        errors = []
+        for m, b in itertools.product(range(2), range(4)):
+            last = 0.5 * (alive[2, m, b] / alive[1, m, b]) * q_end[2, m, :, b].mean()
+            target = paid[1, m, :, b].mean() + last  # of s_1
+            if j == 0:
+                target = paid[0, m, :, b].mean() + 0.5 * (alive[1, m, b] / alive[0, m, b]) * target
+            q = critics[(4 * m + b) // 4, 0] * (obs[j, m, b, 0] + 3 * action[j, m, b, 0])
+            errors.append(0.5 * alive[j, m, b] * (q - target) ** 2)
+        total += sum(errors) / len(errors)
+    found = agent.tdk_losses(steve.Imagination(obs, action, paid, alive), q_end)
+    assert found.item() == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_tdk_divides_by_all_pairs(monkeypatch):
+    """The critics' loss is the mean over the H + 1 kinds of pairs."""
+    agent = make_agent(horizon=2, reduction="last", tdk=True)
+    losses = recorded(monkeypatch, steve, "half_squared_error")
+    agent.fit_ensembles = lambda buffer: {}
+    agent.tdk_losses = lambda imagined, q_end: torch.tensor(30.0)
+    found = agent.update(filled_buffer(steve), 61)["losses/qf_loss"].item()
+    q, y = losses[0]
+    assert found == pytest.approx((0.5 * (q - y).square().mean().item() + 30) / 3, rel=1e-5)
 
 
 def test_what_is_logged(tmp_path):

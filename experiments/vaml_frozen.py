@@ -4,12 +4,13 @@
 
 sac.py learns the task by itself, in stages of --every steps (a longer run resumed is the same as one
 planned so, to the bit); the agent of each stage is kept in <runs-dir>/snapshots. At each of them new models
-are fitted to the replay of that moment with c of (9) 1, 0.001 and 0 against that agent's value V (6), four
-fifths of the transitions for training. No model ever touches the run. Per row, on held-out transitions: the
-value-aware error with 32 samples, the same as a share of the variance of V(s'), the negative log-likelihood
-of the varying dimensions, mean σ. Rows are written fit by fit and runs resume: stopped, the same command
-goes on. On one core 200 000 steps take SAC half an hour and the 30 fits another. Extra `bench` for the
-figure.
+are fitted to the replay of that moment with c of (9) 1, 0.001 and 0 against that agent's value V (6). A
+fifth of the transitions, at most 2 000, is kept for the test alone, the same ones for all three; of the rest
+a fit holds out its own to know when to stop. No model ever touches the run. Per row, on the test's
+transitions: the value-aware error with 32 samples, the same as a share of the variance of V(s'), the
+negative log-likelihood of the varying dimensions, mean σ. Rows are written fit by fit and runs resume:
+stopped, the same command goes on. On one core 200 000 steps take SAC half an hour and the 30 fits another.
+Extra `bench` for the figure.
 """
 
 import argparse
@@ -66,9 +67,9 @@ def learn(sac, env_id: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def fit(
-    vaml, agent_state: dict, rows: torch.Tensor, sizes: list[int], c: str, args: argparse.Namespace
+    vaml, agent_state: dict, rows: torch.Tensor, sizes: list[int], c: str, seed: int, args: argparse.Namespace
 ) -> dict:
-    """Fit a new model with the loss (9) to the rows of a replay; its errors on those held out."""
+    """Fit a new model with the loss (9) to rows of a replay; its errors on those of the test."""
     kind, share = SHARES[c]
     flags = [
         "--model-loss",
@@ -80,14 +81,20 @@ def fit(
         "--device",
         "cpu",
     ]
+    torch.manual_seed(seed)
+    order = torch.randperm(len(rows))  # the same for every c
+    count = min(len(rows) // 5, 2_000)
+    test, train = (vaml.ReplayBuffer(n, *sizes, torch.device("cpu")) for n in (count, len(rows) - count))
+    test.rows[:], train.rows[:] = rows[order[:count]], rows[order[count:]]
+    test.added, train.added = count, len(rows) - count
     agent = vaml.Agent(vaml.parse(flags), *sizes, torch.device("cpu"))
     for name in ("actor", "critic_target"):
         getattr(agent, name).load_state_dict(agent_state[name])
     with torch.no_grad():
         agent.log_alpha.copy_(agent_state["log_alpha"])
-    buffer = vaml.ReplayBuffer(len(rows), *sizes, torch.device("cpu"))
-    buffer.rows[:], buffer.added = rows, len(rows)
-    agent.fit_until_worse(buffer, share, 100, args.fit_steps)
+    agent.fit_until_worse(train, share, 100, args.fit_steps)
+    torch.manual_seed(seed)
+    agent.report_fit(test[torch.arange(count)], int(agent.fit_report[-1]))
     return dict(zip(vaml.FIT_REPORT, agent.fit_report.tolist(), strict=True))
 
 
@@ -110,11 +117,20 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> list[dict]:
         jobs = [(step, c) for step in steps for c in SHARES if (c, seed, step) not in have]
         for step, c in tqdm(jobs, desc=f"fits, seed {seed}"):
             folder = args.runs_dir / "snapshots" / f"{args.env_id.replace(':', '-').replace('/', '-')}-{seed}"
-            agent = torch.load(folder / f"{step}.pt", weights_only=True)["agent"]
+            snapshot = torch.load(folder / f"{step}.pt", weights_only=True)
+            other = {
+                n
+                for n in ("hidden", "batch_size", "learning_starts")
+                if snapshot["args"][n] != getattr(args, n)
+            }
+            if other:
+                raise ValueError(
+                    f"--runs-dir {args.runs_dir}: must not hold snapshots of other settings: {folder}"
+                )
+            agent = snapshot["agent"]
             inputs = agent["critic"]["layers.0.weight"].shape[1]
             obs_dim = rows.shape[1] - 2 - inputs
-            torch.manual_seed(seed)
-            found = fit(vaml, agent, rows[:step], [obs_dim, inputs - obs_dim], c, args)
+            found = fit(vaml, agent, rows[:step], [obs_dim, inputs - obs_dim], c, seed, args)
             row = {"c": c, "seed": str(seed), "step": str(step), "value_error": found["value_error"]}
             row |= {"share": found["value_error_share"], "nll": found["nll"], "std": found["std"]}
             table.append(settings | row | {"taken": int(found["fit_steps"])})

@@ -285,6 +285,21 @@ def test_horizon_study_mistakes(flags, expected):
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_mbpo_speed_prints_updates_and_floor():
+    flags = ["--threads", 1, "--rounds", 1, "--repeats", 1]
+    done = experiment("mbpo_speed", *flags, "--", "--rollout-batch", 50, "--hidden", 16, "--model-hidden", 8)
+    assert done.returncode == 0, done.stderr
+    sac, mbpo, ratio, fit, floor, share = map(float, done.stdout.splitlines()[1].split()[1:])
+    assert min(sac, mbpo, fit, floor) > 0
+    assert ratio == pytest.approx(mbpo / sac, rel=0.05) and share == pytest.approx(floor / fit, abs=0.05)
+    for bad, text in (
+        (["--rounds", 0], "--rounds 0: must be at least 1"),
+        (["--env-id", "No-v0"], "No-v0: must be"),
+    ):
+        done = experiment("mbpo_speed", *flags, *bad)
+        assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_oracle_speed_prints_a_ratio():
     done = experiment("oracle_speed", "--env-ids", "Hopper-v5", "--threads", 1, "--rounds", 2, "--batch", 8)
     assert done.returncode == 0, done.stderr
@@ -513,6 +528,8 @@ def test_frozen_snapshots_resume(tmp_path):
     (tmp_path / "b.csv").write_text("".join(lines[:3]))
     again = experiment("vaml_frozen", *flags, "--csv", tmp_path / "b.csv")
     assert again.returncode == 0 and rows_of(tmp_path / "b.csv") == rows
+    other = experiment("vaml_frozen", *flags, "--hidden", 8, "--csv", tmp_path / "c.csv")
+    assert other.returncode == 2 and "must not hold snapshots of other settings" in other.stderr
     sac = load("sac")
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.name != "snapshots"]
     plain = "--env-id Pendulum-v1 --total-timesteps 400 --learning-starts 100 --batch-size 16 --hidden 16"

@@ -29,27 +29,41 @@ COLOURS = [
 ]  # Okabe and Ito: safe for all eyes
 NOT_SETTINGS = """env_id seed total_timesteps learning_starts eval_every eval_episodes log_every
     checkpoint_every runs_dir resume device num_threads capture_video diagnose_every""".split()
+KNOWN: dict[tuple, dict] = {}  # defaults by file, presets and task, as they are found
+
+
+def name_of(algo: str, args: dict) -> str:
+    """`default`, or the arguments that matter for learning and differ from the defaults of the file."""
+    from launch import load
+
+    presets = tuple(f"--{n}={args[n]}" for n in ("preset", "schedule", "env_id") if n in args)
+    if (algo, presets) not in KNOWN:
+        KNOWN[algo, presets] = load(algo).Args.defaults(list(presets))
+    defaults = KNOWN[algo, presets]
+    changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
+    if "horizon" in args:
+        changed = ["horizon", *(n for n in changed if n != "horizon")]
+    return "__".join(f"{name}-{args[name]}" for name in changed).replace("/", "-") or "default"
+
+
+def settings_of(folder: Path, algo: str) -> str | None:
+    """The settings of a complete run, None if it is not complete."""
+    if not (folder / "args.json").exists():
+        return "default"  # of a library, not ours
+    if not (folder / "final.pt").exists():
+        return None
+    return name_of(algo, json.loads((folder / "args.json").read_text())["args"])
 
 
 def export(runs: Path, target: Path) -> int:
     """Copy the eval.csv of every complete run below `runs`; returns how many."""
-    from launch import load
-
     placed: dict[Path, Path] = {}
     for path in sorted(runs.glob("[!.]*/eval.csv")):
         folder = path.parent
         env_id, algo, seed, _ = folder.name.rsplit("__", 3)
-        settings = "default"
-        if (folder / "args.json").exists():
-            if not (folder / "final.pt").exists():
-                continue
-            args = json.loads((folder / "args.json").read_text())["args"]
-            presets = [f"--{n}={args[n]}" for n in ("preset", "schedule", "env_id") if n in args]
-            defaults = load(algo).Args.defaults(presets)
-            changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
-            if "horizon" in args:
-                changed = ["horizon", *(n for n in changed if n != "horizon")]
-            settings = "__".join(f"{name}-{args[name]}" for name in changed).replace("/", "-") or "default"
+        settings = settings_of(folder, algo)
+        if settings is None:
+            continue
         place = target / env_id / algo / settings / f"{seed}.csv"
         if place in placed:
             raise SystemExit(

@@ -2,16 +2,22 @@
 
     ./benchmark.sh --algos sac,sac_mve --env-ids InvertedPendulum-v5,Hopper-v5 --seeds 1,2,3 -- --horizon 3
     ./benchmark.sh --suite svg-table-2 --dry-run
+    ./benchmark.sh --suite quick --ray auto
 
 What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run
-prints the exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own.
-Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its arguments agree, so
-the same line can be given again after a crash, or with more seeds. Exit code: 0 when every run is complete,
-1 when some failed (named, with their logs), 2 for a mistake.
+prints the exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own;
+it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh. Each run
+writes its output to <runs-dir>/logs/. A run belongs to a command when all its arguments agree, so the same
+line can be given again after a crash, or with more seeds. --ray hands the same runs to a Ray cluster
+(docs/cluster.md). Exit code: 0 when every run is complete, 1 when some failed (named, with their logs), 2 for
+a mistake.
 """
 
 import argparse
+import csv
 import dataclasses
+import fcntl
+import functools
 import importlib.util
 import json
 import os
@@ -34,21 +40,29 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_FLAGS = ("--env-id", "--seed", "--runs-dir", "--num-threads", "--resume")
+SKIPPED = ("finished", "published")
 
 
 @dataclasses.dataclass
 class Job:
-    """One run: a shell command and where its output goes; all that another back end needs to know."""
+    """One run: its command, where its output goes; all that another back end needs to know."""
 
     name: str
-    command: list[str]
+    algo: str
+    wanted: dict  # every argument
+    command: list[str]  # of a new run, or of one to resume
     log: Path
-    state: str  # "new", "resumed" or "finished"
+    state: str  # "new", "resumed", "finished" or "published"
     steps: int
+    suite: str = ""
+    result: Path | None = None  # its exported evaluations, if they are published
+    outcome: str = ""
+    seconds: float = 0.0
 
 
+@functools.cache
 def load(algo: str):
-    """algos/<algo>.py as a module."""
+    """algos/<algo>.py as a module, loaded once."""
     spec = importlib.util.spec_from_file_location(algo, ROOT / "algos" / f"{algo}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[algo] = module
@@ -76,23 +90,29 @@ def has_flag(module, flag: str) -> bool:
     return name in fields or name.removeprefix("no_") in fields
 
 
-def read_suite(name: str) -> tuple[str, list[dict]]:
-    """What the suite says of itself, and its blocks of algos, env_ids, seeds and flags.
+def suite_names() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.toml"))
 
-    `name` is that of a file in experiments/suites/ or a path. Raises ValueError for what is not a suite.
+
+def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]:
+    """What the suite says of itself, and its blocks of algos, env_ids, seeds, flags, each with its `suite`.
+
+    `name` is that of a file in experiments/suites/ or a path; `include` names other suites, whose blocks come
+    first and stay theirs. Raises ValueError for what is not a suite.
     """
     path = Path(name) if name.endswith(".toml") else ROOT / "experiments" / "suites" / f"{name}.toml"
     try:
         suite = tomllib.loads(path.read_text())
     except OSError:
-        known = ", ".join(sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.toml")))
+        known = ", ".join(suite_names())
         raise ValueError(f"--suite {name}: must be a .toml file or one of {known}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--suite {name}: must be valid TOML: {error}") from None
     blocks, lists = suite.get("runs", []), ("algos", "env_ids", "seeds")
     if not (isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)):
         raise ValueError(f"--suite {name}: runs: must be blocks [[runs]]")
-    for keys, allowed in ((suite, {"about", "cost", "runs"}), *((b, {*lists, "flags"}) for b in blocks)):
+    top = {"about", "cost", "include", "runs"}
+    for keys, allowed in ((suite, top), *((block, {*lists, "flags"}) for block in blocks)):
         if unknown := set(keys) - allowed:
             raise ValueError(f"--suite {name}: {unknown.pop()}: must be one of {', '.join(sorted(allowed))}")
     for block in blocks:
@@ -101,9 +121,15 @@ def read_suite(name: str) -> tuple[str, list[dict]]:
                 raise ValueError(f"--suite {name}: {key}: must be a list, not empty, in every block of runs")
         if not isinstance(block.get("flags", ""), str):
             raise ValueError(f"--suite {name}: flags: must be a string, as on the command line")
-    if not blocks:
+    included = []
+    for other in suite.get("include", []):
+        if other in (*above, name):
+            raise ValueError(f"--suite {name}: include: must not lead back to {other}")
+        included += read_suite(other, (*above, name))[1]
+    if not (blocks or included):
         raise ValueError(f"--suite {name}: must have at least one block [[runs]]")
-    return f"{suite.get('about', name)}\nexpected cost: {suite.get('cost', 'unknown')}", blocks
+    about = f"{suite.get('about', name)}\nexpected cost: {suite.get('cost', 'unknown')}"
+    return about, [*included, *({**block, "suite": path.stem} for block in blocks)]
 
 
 def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
@@ -124,9 +150,41 @@ def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
     return None
 
 
+def place_of(job: Job) -> str:
+    """<task>/<algorithm>/<settings>, where the job's evaluations are exported to."""
+    from curves import name_of
+
+    task = re.sub(r"[^\w.-]+", "-", job.wanted["env_id"])
+    return f"{task}/{job.algo}/{name_of(job.algo, job.wanted)}"
+
+
+def published(job: Job) -> Path | None:
+    """The exported evaluations of the whole run in docs/results/<suite>/, if they are there."""
+    if not job.suite:
+        return None
+    path = ROOT / "docs" / "results" / job.suite / place_of(job) / f"{job.wanted['seed']}.csv"
+    if not path.exists():
+        return None
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return path if rows and float(rows[-1].get("step") or 0) >= job.steps else None
+
+
+@functools.cache
+def parsed(algo: str, flags: tuple[str, ...]):
+    """The file's Args for these flags, all but the seed: parsing takes its time."""
+    return load(algo).parse(list(flags))
+
+
 def plan(
-    algos: list[str], env_ids: list[str], seeds: list[str], runs_dir: str, threads: int, extra: list[str]
-):
+    algos: list[str],
+    env_ids: list[str],
+    seeds: list[str],
+    runs_dir: str,
+    threads: int,
+    extra: list[str],
+    suite: str = "",
+) -> list[Job]:
     """The jobs in order, seeds outermost so that comparisons grow evenly. Raises ValueError on bad input."""
     groups = split_flags(extra)
     modules = {}
@@ -147,22 +205,33 @@ def plan(
                 own = [word for group in groups if has_flag(module, group[0]) for word in group]
                 flags = ["--env-id", env_id, "--seed", seed, "--runs-dir", runs_dir]
                 flags += ["--num-threads", str(threads), *own]
-                args = module.parse(flags)
+                if seed.isdecimal():
+                    rest = tuple(word for k, word in enumerate(flags) if k not in (2, 3))
+                    args = dataclasses.replace(parsed(algo, rest), seed=int(seed))
+                else:  # for its message
+                    args = module.parse(flags)
                 settings = re.sub(r"[^\w.]+", "-", " ".join(own)).strip("-")
                 if len(settings) > 60:  # file names have their limits
                     settings = f"{settings[:52]}-{zlib.crc32(settings.encode()):08x}"
                 task = re.sub(r"[^\w.-]+", "-", env_id)
                 name = "__".join([task, algo, seed, *([settings] if settings else [])])
-                folder = find_run(Path(runs_dir), algo, dataclasses.asdict(args))
-                state = "new" if folder is None else "resumed"
-                if folder is not None:
-                    flags = ["--resume", str(folder)]
-                    state = "finished" if (folder / "final.pt").exists() else state
-                command = [sys.executable, f"algos/{algo}.py", *flags]
-                jobs.append(
-                    Job(name, command, Path(runs_dir) / "logs" / f"{name}.log", state, args.total_timesteps)
-                )
+                command, wanted = [sys.executable, f"algos/{algo}.py", *flags], dataclasses.asdict(args)
+                log = Path(runs_dir) / "logs" / f"{name}.log"
+                job = Job(name, algo, wanted, command, log, "new", args.total_timesteps, suite)
+                continue_or_skip(job)
+                if job.state == "new" and (path := published(job)):
+                    job.state, job.result = "published", path
+                jobs.append(job)
     return jobs
+
+
+def continue_or_skip(job: Job) -> Path | None:
+    """Look for the job's run, which may have begun since: set its state and command; returns its folder."""
+    folder = find_run(Path(job.wanted["runs_dir"]), job.algo, job.wanted)
+    if folder is not None:
+        job.state = "finished" if (folder / "final.pt").exists() else "resumed"
+        job.command = [*job.command[:2], "--resume", str(folder)]
+    return folder
 
 
 def steps_done(log: Path) -> int:
@@ -176,41 +245,99 @@ def steps_done(log: Path) -> int:
     return int(found[-1]) if found else 0
 
 
-def execute(jobs: list[Job], workers: int) -> list[Job]:
-    """Run the jobs, `workers` at a time, with progress over all their steps; returns those that failed."""
+def run_alone(job: Job, started=lambda process: None, **options) -> int:
+    """Carry out one job, after whoever works at it elsewhere, from its last checkpoint; its exit code.
+
+    The lock belongs to the run itself: it is held for as long as the run lives, even if its launcher dies.
+    """
+    with open(job.log.with_suffix(".lock"), "w") as lock, open(job.log, "ab") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        continue_or_skip(job)
+        if job.state == "finished":
+            return 0
+        log.write(f"$ {shlex.join(job.command)}\n".encode())
+        log.flush()
+        options |= {"stdout": log, "stderr": log, "cwd": ROOT, "pass_fds": [lock.fileno()]}
+        process = subprocess.Popen(job.command, **options)
+        started(process)
+        try:
+            while process.poll() is None:  # Ray interrupts between two short waits only
+                time.sleep(0.1)
+            return process.returncode
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+class Progress:
+    """A bar over all steps and, on a terminal, one for each run under way, with steps/s and time left."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs, self.bars = jobs, {}
+        self.whole = tqdm(total=sum(job.steps for job in jobs), unit="step", unit_scale=True)
+
+    def show(self, running: set[str]) -> None:
+        done = 0
+        for job in self.jobs:
+            if job.outcome or job.name not in running:
+                done += job.steps if job.outcome else 0
+                if bar := self.bars.pop(job.name, None):
+                    bar.close()
+                continue
+            step = steps_done(job.log)
+            done += step
+            if job.name not in self.bars and sys.stderr.isatty():
+                free = min(set(range(1, 2 + len(self.bars))) - {-b.pos for b in self.bars.values()})
+                self.bars[job.name] = tqdm(
+                    total=job.steps,
+                    initial=step,
+                    desc=job.name[-40:],
+                    position=free,
+                    leave=False,
+                    unit="step",
+                )
+            if bar := self.bars.get(job.name):
+                bar.n = step
+                bar.refresh()
+        ended = [job for job in self.jobs if job.outcome]
+        failed = sum(job.outcome != "done" for job in ended)
+        self.whole.n = done
+        self.whole.set_postfix_str(f"{len(ended)}/{len(self.jobs)} runs, {failed} failed", refresh=False)
+        self.whole.refresh()
+
+    def close(self) -> None:
+        for bar in (*self.bars.values(), self.whole):
+            bar.close()
+
+
+def settle(job: Job, code: int, seconds: float) -> None:
+    """Note how a job ended, and say so."""
+    job.outcome, job.seconds = "done" if code == 0 else f"exit code {code}", seconds
+    if code:
+        tqdm.write(f"FAILED  {job.name} ({job.outcome}, {seconds:.0f} s): {job.log}")
+    else:
+        tqdm.write(f"done    {job.name} ({seconds:.0f} s)")
+
+
+def execute(jobs: list[Job], workers: int) -> None:
+    """Run the jobs on this machine, `workers` at a time; each gets its outcome."""
     running: dict[str, subprocess.Popen] = {}
-    failed: list[Job] = []
     stopping = False
 
-    def one(job: Job) -> Job:
+    def one(job: Job) -> None:
         if not stopping:
-            with open(job.log, "ab") as log:
-                log.write(f"$ {shlex.join(job.command)}\n".encode())
-                log.flush()
-                started = time.monotonic()
-                running[job.name] = subprocess.Popen(job.command, stdout=log, stderr=log, cwd=ROOT)
-            code = running[job.name].wait()
-            del running[job.name]
-            took = f"{time.monotonic() - started:.0f} s"
-            if code:
-                failed.append(job)
-                tqdm.write(f"FAILED  {job.name} (exit code {code}, {took}): {job.log}")
-            else:
-                tqdm.write(f"done    {job.name} ({took})")
-        return job
+            begun = time.monotonic()
+            code = run_alone(job, lambda process: running.__setitem__(job.name, process))
+            running.pop(job.name, None)
+            settle(job, code, time.monotonic() - begun)
 
-    bar = tqdm(total=sum(job.steps for job in jobs), unit="step", unit_scale=True)
+    progress = Progress(jobs)
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(one, job): job for job in jobs}
+        futures = [pool.submit(one, job) for job in jobs]
         try:
-            while pending := [future for future in futures if not future.done()]:
-                ended = sum(job.steps for future, job in futures.items() if future.done())
-                current = sum(steps_done(futures[f].log) for f in pending if futures[f].name in running)
-                bar.n = ended + current
-                bar.set_postfix_str(
-                    f"{len(jobs) - len(pending)}/{len(jobs)} runs, {len(failed)} failed", refresh=False
-                )
-                bar.refresh()
+            while not all(future.done() for future in futures):
+                progress.show(set(running))
                 time.sleep(0.5)
         except (KeyboardInterrupt, SystemExit):
             stopping = True
@@ -220,17 +347,31 @@ def execute(jobs: list[Job], workers: int) -> list[Job]:
                 process.terminate()
             raise
         finally:
-            bar.close()
+            progress.close()
     for future in futures:  # an exception in the launcher itself must not pass for success
         future.result()
-    return failed
 
 
-def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool) -> int:
-    """Print the commands and, unless dry_run, run what is not finished; returns the exit code."""
+def table(jobs: list[Job]) -> str:
+    """How every run ended: state, steps/s, time, name, and the log of those that failed."""
+    lines = [f"{'state':<14} {'steps/s':>8} {'seconds':>8}  run"]
     for job in jobs:
-        print(f"{job.state:<9} {shlex.join(job.command)}")
-    todo = [job for job in jobs if job.state != "finished"]
+        state = job.outcome or job.state
+        speed = f"{job.steps / job.seconds:.0f}" if job.outcome == "done" and job.state == "new" else ""
+        spent = f"{job.seconds:.0f}" if job.seconds else ""
+        where = "" if state in ("done", *SKIPPED) else f": {job.log}"
+        lines.append(f"{state:<14} {speed:>8} {spent:>8}  {job.name}{where}")
+    return "\n".join(lines)
+
+
+def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_all=None) -> int:
+    """Print the commands and, unless dry_run, run what is not finished; returns the exit code.
+
+    run_all(jobs) is another back end than this machine's `workers` processes.
+    """
+    for job in jobs:
+        print(f"{job.state:<9} {shlex.join(job.command) if job.result is None else job.result}")
+    todo = [job for job in jobs if job.state not in SKIPPED]
     if dry_run or not todo:
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished")
         return 0
@@ -241,14 +382,49 @@ def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool) -> in
         print(f"error: --runs-dir {runs_dir}: must be writable: {error.strerror}", file=sys.stderr)
         return 2
     try:
-        failed = execute(todo, workers)
+        run_all(todo) if run_all else execute(todo, workers)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
         return 130
+    print(table(jobs))
+    failed = [job for job in todo if job.outcome != "done"]
     for job in failed:
         print(f"failed: {job.name}: {job.log}", file=sys.stderr)
     print(f"{len(jobs)} runs, {len(jobs) - len(failed)} complete, {len(failed)} failed")
     return 1 if failed else 0
+
+
+def suite_jobs(name: str, runs_dir: str, threads: int, extra: list[str], fresh: bool = False):
+    """What the suite says of itself, and its jobs, seed by seed. Raises ValueError."""
+    about, blocks = read_suite(name)
+    jobs = []
+    for seed in dict.fromkeys(str(seed) for block in blocks for seed in block["seeds"]):
+        for block in blocks:
+            parts = (block["algos"], block["env_ids"], [seed] * (seed in map(str, block["seeds"])))
+            flags = [*shlex.split(block.get("flags", "")), *extra]
+            jobs += plan(*parts, runs_dir, threads, flags, "" if fresh else block["suite"])
+    return about, jobs
+
+
+def report_on(jobs: list[Job], suite: str, runs_dir: str) -> None:
+    """Write and print the report on a suite's complete runs, if the extra bench is there."""
+    from report import method_of, read_curve, write_report
+
+    if missing := [n for n in ("scipy", "matplotlib") if importlib.util.find_spec(n) is None]:
+        print(f"no report: {missing[0]} is not installed (pip install -e '.[bench]')")
+        return
+    curves = []
+    for job in jobs:
+        folder = find_run(Path(runs_dir), job.algo, job.wanted)
+        complete = folder is not None and (folder / "final.pt").exists()
+        path = folder / "eval.csv" if complete else job.result
+        if path is not None:
+            task, algo, settings = place_of(job).split("/")
+            method = method_of(algo, settings)
+            curves.append(read_curve(path, job.suite or suite, task, method, job.wanted["seed"]))
+    out = Path(runs_dir) / f"report-{suite}"
+    print(write_report(curves, out))
+    print(f"report: {out / 'report.md'}")
 
 
 def main() -> int:
@@ -261,37 +437,57 @@ def main() -> int:
     parser.add_argument("--env-ids", type=split, help="Gymnasium ids (default: InvertedPendulum-v5)")
     parser.add_argument("--seeds", type=split, help="(default: 1,2,3)")
     parser.add_argument("--suite", help="instead of these three: a file of experiments/suites/, or a path")
+    parser.add_argument("--fresh", action="store_true", help="run what docs/results/<suite>/ has, too")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="runs at a time (default: all cores)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
     parser.add_argument("--runs-dir", default="runs", help="parent of the run folders (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--ray", metavar="ADDRESS", help="auto or the address of a Ray cluster: run there")
+    parser.add_argument("--memory", type=float, default=1.0, help="GB of each run, for --ray (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run, as 0.25, for --ray")
+    parser.add_argument("--retries", type=int, default=5, help="of a run whose node dies, for --ray")
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for the algorithms")
     args = parser.parse_args()
     try:
         block = {name: getattr(args, name) for name in defaults}
         if [] in block.values():
             raise ValueError("--algos, --env-ids, --seeds: must not be empty")
-        blocks = [{n: value or defaults[n] for n, value in block.items()}]
+        if args.workers < 1:
+            raise ValueError(f"--workers {args.workers}: must be at least 1")
+        for name in ("memory", "gpus", "retries"):
+            if getattr(args, name) < 0:
+                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 0")
+        if args.ray and importlib.util.find_spec("ray") is None:
+            raise ValueError(f"--ray {args.ray}: must be left out without Ray: pip install -e '.[cluster]'")
+        runs_dir = str(Path(args.runs_dir).resolve())
         if args.suite:
             if any(block.values()):
                 raise ValueError(f"--suite {args.suite}: must be alone, without --algos, --env-ids, --seeds")
-            about, blocks = read_suite(args.suite)
+            about, jobs = suite_jobs(args.suite, runs_dir, args.threads, args.extra, args.fresh)
             print(about)
-        if args.workers < 1:
-            raise ValueError(f"--workers {args.workers}: must be at least 1")
-        runs_dir = str(Path(args.runs_dir).resolve())
-        jobs, rounds = [], list(dict.fromkeys(str(seed) for block in blocks for seed in block["seeds"]))
-        for seed in rounds:
-            for block in blocks:
-                parts = (block["algos"], block["env_ids"], [seed] * (seed in map(str, block["seeds"])))
-                extra = [*shlex.split(block.get("flags", "")), *args.extra]
-                jobs += plan(*parts, runs_dir, args.threads, extra)
+        else:
+            parts = [value or defaults[name] for name, value in block.items()]
+            jobs = plan(*parts, runs_dir, args.threads, args.extra)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return carry_out(jobs, runs_dir, args.workers, args.dry_run)
+    run_all = None
+    try:
+        if args.ray and not args.dry_run:
+            from cluster import connect, execute_on_ray
+
+            connect(args.ray)
+            needs = {"num_cpus": args.threads, "memory": int(args.memory * 1e9), "num_gpus": args.gpus}
+            run_all = functools.partial(execute_on_ray, needs=needs, retries=args.retries)
+        code = carry_out(jobs, runs_dir, args.workers, args.dry_run, run_all)
+        if args.suite and not args.dry_run and code < 2:
+            report_on(jobs, Path(args.suite).stem, runs_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return code
 
 
 if __name__ == "__main__":

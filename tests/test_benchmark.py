@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, differing, run, sizes
+from tests.conftest import ROOT, TINY, differing, load, run, sizes
 
 
 def words(flags: dict) -> list[str]:
@@ -145,7 +145,7 @@ SUITES = sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_expands(name, tmp_path):
     """Each line parses as its file would; what it says of its cost counts the steps it really has."""
-    code, out, error = benchmark("--suite", name, "--runs-dir", tmp_path, "--dry-run")
+    code, out, error = benchmark("--suite", name, "--runs-dir", tmp_path, "--dry-run", "--fresh")
     assert code == 0, error
     jobs = [line for line in out.splitlines() if line.startswith("new ")]
     seeds = [int(re.search(r"--seed (\d+)", job)[1]) for job in jobs]
@@ -154,6 +154,62 @@ def test_every_suite_expands(name, tmp_path):
     steps = sum(int(re.search(r"--total-timesteps ([\d_]+)", job)[1]) for job in jobs)
     counted = f"{steps / 1e6:.0f} million steps" if steps >= 1e6 else f"{steps // 1000} thousand steps"
     assert counted in out
+
+
+def test_published_runs_are_not_run_again(tmp_path):
+    """What docs/results/<suite>/ has up to the last step is left alone, but with --fresh."""
+    flags = ["--suite", "svg", "--runs-dir", tmp_path, "--dry-run"]
+    _, out, _ = benchmark(*flags)
+    _, fresh, _ = benchmark(*flags, "--fresh")
+    states = [line.split()[0] for line in out.splitlines() if "svg_h" in line]
+    assert states.count("published") >= 6 and len(states) == 14
+    place = "docs/results/svg/experiments.suites-pets-Cheetah-v0/sac_svg_h/horizon-0/1.csv"
+    assert f"published {ROOT / place}" in out
+    assert "published /" not in fresh and fresh.count("new  ") == 14
+    _, longer, _ = benchmark(*flags, "--", "--total-timesteps", 60_000)
+    assert "published /" not in longer  # not as far as asked for
+
+
+def test_suites_include_suites(tmp_path):
+    """Blocks of both, each under the name of its own suite; a circle is refused."""
+    block = '[[runs]]\nalgos = ["sac"]\nenv_ids = ["Pendulum-v1"]\nseeds = [1]\nflags = "--gamma {}"\n'
+    inner, outer = tmp_path / "inner.toml", tmp_path / "outer.toml"
+    inner.write_text(block.format(0.5))
+    outer.write_text(f'include = ["{inner}"]\n' + block.format(0.6))
+    _, out, _ = benchmark("--suite", outer, "--runs-dir", tmp_path / "runs", "--dry-run")
+    assert re.findall(r"--gamma (\S+)", out) == ["0.5", "0.6"]
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    assert [block["suite"] for block in launch.read_suite(str(outer))[1]] == ["inner", "outer"]
+    inner.write_text(f'include = ["{outer}"]\n')
+    code, _, error = benchmark("--suite", outer, "--runs-dir", tmp_path / "runs", "--dry-run")
+    assert code == 2 and "include: must not lead back to" in error
+
+
+def test_a_suite_ends_with_a_report(tmp_path):
+    """Runs, table of outcomes, report of exactly these runs; the second time everything is there already."""
+    suite = tmp_path / "mine.toml"
+    flags = " ".join(EXTRA)
+    suite.write_text(
+        f'[[runs]]\nalgos = ["sac"]\nenv_ids = ["tests.tasks:Cliff-v0"]\nseeds = [1, 2]\nflags = "{flags}"\n'
+    )
+    run("sac", tmp_path / "runs", "--gamma", 0.5)  # of somebody else
+    for _ in range(2):
+        code, out, error = benchmark("--suite", suite, "--runs-dir", tmp_path / "runs")
+        assert code == 0, error
+        page = (tmp_path / "runs" / "report-mine" / "report.md").read_text()
+        assert page in out and re.search(r"\| sac, [^|]+ \| 2 \|", page) and "gamma" not in page
+        assert (tmp_path / "runs" / "report-mine" / "mine_tests.tasks-Cliff-v0.png").stat().st_size > 5_000
+    assert out.count("finished  ") == 2
+
+
+def test_two_launchers_share_a_run(tmp_path):
+    """Both are given the same run at once: one of them carries it out, the other waits and finds it done."""
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", 1]
+    flags += ["--runs-dir", tmp_path / "runs", "--", *EXTRA, "--total-timesteps", 1500]
+    processes = [start(*flags) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    (folder,) = folders(tmp_path / "runs")
+    assert (folder / "final.pt").exists()
 
 
 def test_suite_of_ones_own(tmp_path):
@@ -175,7 +231,7 @@ def test_suite_of_ones_own(tmp_path):
         ("[[runs]]\nalgos = [", "must be valid TOML"),
         ('about = "x"', "must have at least one block [[runs]]"),
         ('[[runs]]\nalgos = ["sac"]\nseeds = [1]', "env_ids: must be a list, not empty"),
-        ('steps = 3\n[[runs]]\nalgos = ["sac"]', "steps: must be one of about, cost, runs"),
+        ('steps = 3\n[[runs]]\nalgos = ["sac"]', "steps: must be one of about, cost, include, runs"),
         ("runs = 3", "runs: must be blocks [[runs]]"),
         ('[[runs]]\nalgos = "sac"\nenv_ids = ["x"]\nseeds = [1]', "algos: must be a list, not empty"),
         (

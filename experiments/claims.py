@@ -1,0 +1,223 @@
+"""A verdict for every claim of the papers, from the committed results alone.
+
+    python experiments/claims.py            # docs/claims.toml and docs/results/ -> docs/claims.md
+    python experiments/claims.py --check    # exit 1 if docs/claims.md is not what the data say
+
+A claim has cases. A case compares means over seeds: Σ weight · mean, with the 95 % interval of Welch and
+Satterthwaite; or it asks for the share of seeds that reach a return before a step, with Wilson's interval.
+It holds if the interval lies on the claimed side (of zero, or of the share), does not hold if it lies on the
+other, and is undecided otherwise; a claim of no difference holds if the interval lies within the margin.
+Fewer than five seeds decide nothing. A claim holds if all its cases do, and does not if one does not.
+Extra `bench`.
+"""
+
+import argparse
+import csv
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+ENOUGH = 5
+HOLDS, FAILS, OPEN, FEW, NONE = "holds", "does not hold", "undecided", "too few seeds", "not measured"
+INTRODUCTION = """\
+Made by `python experiments/claims.py` from [`claims.toml`](claims.toml) and [`results/`](results), never by
+hand. A case is decided by the 95 % interval of a difference of means over seeds (Welch), or of a share of
+seeds (Wilson), and by no fewer than five seeds; a claim holds if all its cases do. Intervals are not
+corrected for their number. Unless a case says otherwise its numbers are areas under learning curves: mean
+return over the steps."""
+CLAIM = {"id", "paper", "source", "statement", "suite", "note", "cases"}
+CASE = {"about", "metric", "terms", "expect", "margin", "share", "level", "before"}
+CASE |= {"value", "replicate"}
+
+
+@dataclasses.dataclass
+class Finding:
+    """What the data say of one case."""
+
+    about: str
+    verdict: str
+    seeds: int
+    estimate: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+def read_claims(path: Path) -> tuple[dict[str, str], list[dict]]:
+    """Papers {key: title} and claims. Raises ValueError for what is not known or missing."""
+    try:
+        page = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: must be valid TOML: {error}") from None
+    for claim in page.get("claims", []):
+        name = f"{path}: claim {claim.get('id', '?')}"
+        if unknown := set(claim) - CLAIM:
+            raise ValueError(f"{name}: {unknown.pop()}: must be one of {', '.join(sorted(CLAIM))}")
+        if missing := {"id", "paper", "source", "statement"} - set(claim):
+            raise ValueError(f"{name}: {missing.pop()}: must be given")
+        if claim["paper"] not in page.get("papers", {}):
+            raise ValueError(f"{name}: paper {claim['paper']}: must be one of {', '.join(page['papers'])}")
+        for case in claim.get("cases", []):
+            if unknown := set(case) - CASE:
+                raise ValueError(f"{name}: {unknown.pop()}: must be one of {', '.join(sorted(CASE))}")
+            if not case.get("terms") or case.get("expect", "above") not in ("above", "below", "equal"):
+                raise ValueError(f"{name}: terms, expect: must be given, expect above, below or equal")
+            if (case.get("expect") == "equal") != ("margin" in case):
+                raise ValueError(f"{name}: margin: must be given with expect = equal, and only then")
+    return page["papers"], page["claims"]
+
+
+def curves_of(results: Path, folder: str) -> list:
+    """All curves below results/<suite>/<task>/<algorithm>/<settings>."""
+    from report import method_of, read_curve
+
+    suite, task, algo, settings = folder.split("/")
+    paths = sorted((results / folder).glob("*.csv"))
+    return [read_curve(path, suite, task, method_of(algo, settings), path.stem) for path in paths]
+
+
+def column_of(results: Path, term: list, value: str, replicate: str) -> list[float]:
+    """Of a table: mean of `value` for each `replicate`, over the rows that match term[2]."""
+    path, where = results / term[1], term[2]
+    if not path.exists():
+        return []
+    found: dict[str, list[float]] = {}
+    with open(path, newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), 2):
+            try:
+                if all(row[name] == str(wanted) for name, wanted in where.items()):
+                    found.setdefault(row[replicate], []).append(float(row[value]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: must have numbers in {value}: {error}") from None
+    return [sum(values) / len(values) for values in found.values()]
+
+
+def groups_of(results: Path, case: dict) -> list[tuple[float, list[float]]]:
+    """(weight, one number per seed) for every term; curves are compared at equal steps."""
+    metric = case.get("metric", "area")
+    if metric == "table":
+        return [(t[0], column_of(results, t, case["value"], case["replicate"])) for t in case["terms"]]
+    curves = [curves_of(results, term[1]) for term in case["terms"]]
+    if not all(curves):
+        return [(term[0], [0.0] * len(found)) for term, found in zip(case["terms"], curves, strict=True)]
+    end = min(curve.steps[-1] for found in curves for curve in found)
+    kind, _, column = metric.partition(" of ")
+    column = {"": "return_mean", "return": "return_mean", "success": "success_rate"}[column]
+    measure = {
+        "area": lambda curve: curve.upto(end).area(column),
+        "final": lambda curve: curve.upto(end).final(column),
+        "reaches": lambda curve: float(curve.reaches(case["level"], column) < case["before"]),
+    }[kind]
+    return [
+        (term[0], [measure(curve) for curve in found])
+        for term, found in zip(case["terms"], curves, strict=True)
+    ]
+
+
+def judge(low: float, high: float, expect: str, zero: float = 0.0, margin: float = 0.0) -> str:
+    """What an interval allows to say: above or below `zero`, or within ± margin of it."""
+    if math.isnan(low):
+        return OPEN
+    if expect == "equal":
+        if zero - margin <= low and high <= zero + margin:
+            return HOLDS
+        return FAILS if low > zero + margin or high < zero - margin else OPEN
+    if low <= zero <= high:
+        return OPEN
+    return HOLDS if (low > zero) == (expect == "above") else FAILS
+
+
+def decide(results: Path, case: dict) -> Finding:
+    """The verdict on one case."""
+    from stats import contrast, share_interval
+
+    groups, about = groups_of(results, case), case.get("about", "")
+    seeds = min(len(values) for _, values in groups)
+    if seeds == 0:
+        return Finding(about, NONE, 0)
+    expect = case.get("expect", "above")
+    if "share" in case:
+        ((_, values),) = groups
+        found = share_interval(int(sum(values)), len(values))
+        verdict = judge(*found[1:], expect, case["share"])
+    else:
+        found = contrast(groups)
+        verdict = judge(*found[1:], expect, margin=case.get("margin", 0.0))
+    return Finding(about, verdict if seeds >= ENOUGH else FEW, seeds, *found)
+
+
+def overall(findings: list[Finding]) -> str:
+    """Of a claim: all cases must hold; one that does not is enough against it."""
+    verdicts = [finding.verdict for finding in findings] or [NONE]
+    for verdict in (FAILS, NONE, FEW, OPEN):
+        if verdict in verdicts:
+            return verdict
+    return HOLDS
+
+
+def wrote(finding: Finding) -> str:
+    from report import bounds, number
+
+    if finding.verdict == NONE:
+        return f"{finding.about}: {NONE}"
+    ends = bounds(finding.low, finding.high) or "no interval"
+    return f"{finding.about}: {number(finding.estimate)} {ends}, n = {finding.seeds}: {finding.verdict}"
+
+
+def summary(verdicts: list[str]) -> str:
+    """How many claims hold, and so on, in words."""
+    counts = [(verdict, verdicts.count(verdict)) for verdict in (HOLDS, FAILS, OPEN, FEW, NONE)]
+    return f"{len(verdicts)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts) + "."
+
+
+def page(papers: dict[str, str], claims: list[dict], results: Path) -> str:
+    """docs/claims.md."""
+    judged = [(claim, [decide(results, case) for case in claim.get("cases", [])]) for claim in claims]
+    verdicts = [overall(findings) for _, findings in judged]
+    lines = ["# Every claim, and what our data say", "", INTRODUCTION, "", summary(verdicts), ""]
+    for key, title in papers.items():
+        lines += [f"## {title}", "", "| | claim | what we find | verdict | suite |", "|---|---|---|---|---|"]
+        for claim, findings in judged:
+            if claim["paper"] != key:
+                continue
+            cells = [claim["id"], f"{claim['statement']} ({claim['source']})"]
+            text = "; ".join(wrote(finding) for finding in findings)
+            cells += [". ".join(part for part in (text, claim.get("note", "")) if part)]
+            cells += [f"**{overall(findings)}**", f"`{claim['suite']}`" if claim.get("suite") else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--claims", type=Path, default=ROOT / "docs" / "claims.toml")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "claims.md")
+    parser.add_argument("--check", action="store_true", help="compare with --out instead of writing it")
+    args = parser.parse_args()
+    try:
+        text = page(*read_claims(args.claims), args.results)
+        if args.check:
+            same = args.out.exists() and args.out.read_text() == text
+            print(f"{args.out} is {'what' if same else 'NOT what'} the data say")
+            return 0 if same else 1
+        args.out.write_text(text)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text.split("\n\n")[2])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """A verdict for every claim of the papers, from the committed results alone.
 
-    python experiments/claims.py            # docs/claims.toml and docs/results/ -> docs/claims.md
-    python experiments/claims.py --check    # exit 1 if docs/claims.md is not what the data say
+    python experiments/claims.py            # docs/claims.toml, docs/results/ -> docs/claims.md, README.md
+    python experiments/claims.py --check    # exit 1 if these two are not what the data say
 
 A claim has cases. A case compares means over seeds: Σ weight · mean, with the 95 % interval of Welch and
 Satterthwaite; or it asks for the share of seeds that reach a return before a step, with Wilson's interval.
@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ hand. A case is decided by the 95 % interval of a difference of means over seeds
 seeds (Wilson), and by no fewer than five seeds; a claim holds if all its cases do. Intervals are not
 corrected for their number. Unless a case says otherwise its numbers are areas under learning curves: mean
 return over the steps."""
+SUMMARY = re.compile(r"^\d+ claims: .*$", re.M)
 CLAIM = {"id", "paper", "source", "statement", "suite", "note", "cases"}
 CASE = {"about", "metric", "terms", "expect", "margin", "share", "level", "before"}
 CASE |= {"value", "replicate"}
@@ -173,8 +175,9 @@ def wrote(finding: Finding) -> str:
 
 def summary(verdicts: list[str]) -> str:
     """How many claims hold, and so on, in words."""
-    counts = [(verdict, verdicts.count(verdict)) for verdict in (HOLDS, FAILS, OPEN, FEW, NONE)]
-    return f"{len(verdicts)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts) + "."
+    words = {HOLDS: "hold", FAILS: "do not", OPEN: OPEN, FEW: f"with {FEW}", NONE: NONE}
+    parts = [f"{verdicts.count(verdict)} {text}" for verdict, text in words.items()]
+    return f"{len(verdicts)} claims: {', '.join(parts)}."
 
 
 def page(papers: dict[str, str], claims: list[dict], results: Path) -> str:
@@ -196,6 +199,15 @@ def page(papers: dict[str, str], claims: list[dict], results: Path) -> str:
     return "\n".join(lines)
 
 
+def with_summary(readme: str, text: str) -> str:
+    """The README with the page's summary between its two marks. Raises ValueError if they are not there."""
+    before, mark, rest = readme.partition("<!-- claims -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (mark and end):
+        raise ValueError("--readme: must have a line <!-- claims --> and one <!-- end -->")
+    return f"{before}{mark}{SUMMARY.search(text)[0]}\n{end}{after}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,19 +215,23 @@ def main() -> int:
     parser.add_argument("--claims", type=Path, default=ROOT / "docs" / "claims.toml")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "claims.md")
-    parser.add_argument("--check", action="store_true", help="compare with --out instead of writing it")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="has the summary")
+    parser.add_argument("--check", action="store_true", help="compare with both instead of writing them")
     args = parser.parse_args()
     try:
         text = page(*read_claims(args.claims), args.results)
-        if args.check:
-            same = args.out.exists() and args.out.read_text() == text
-            print(f"{args.out} is {'what' if same else 'NOT what'} the data say")
-            return 0 if same else 1
-        args.out.write_text(text)
+        readme = args.readme.read_text()
+        wanted = {args.out: text, args.readme: with_summary(readme, text)}
+        for path, content in wanted.items():
+            if args.check and not (path.exists() and path.read_text() == content):
+                print(f"{path} is not what the data say: python experiments/claims.py")
+                return 1
+            if not args.check:
+                path.write_text(content)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(text.split("\n\n")[2])
+    print(SUMMARY.search(text)[0])
     return 0
 
 

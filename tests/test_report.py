@@ -305,6 +305,22 @@ def test_claims_page_is_what_the_data_say():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_summary_goes_into_the_readme(tmp_path):
+    (tmp_path / "README.md").write_text("a\n<!-- claims -->\nold\n<!-- end -->\nb\n")
+    flags = ["--out", tmp_path / "claims.md", "--readme", tmp_path / "README.md", "--results", tmp_path]
+    done = script("claims", *flags)
+    line = done.stdout.strip()
+    assert (
+        done.returncode == 0
+        and line.endswith(" not measured.")
+        and line in (tmp_path / "claims.md").read_text()
+    )
+    assert (tmp_path / "README.md").read_text() == f"a\n<!-- claims -->\n{line}\n<!-- end -->\nb\n"
+    assert script("claims", *flags, "--check").returncode == 0
+    (tmp_path / "README.md").write_text("a\n")
+    assert script("claims", *flags, "--check").returncode == 2
+
+
 def test_every_claim_names_a_suite_that_makes_its_data(tmp_path):
     """Every term that a suite of ours is to deliver is the place of one of its exported runs."""
     places: dict[str, set[str]] = {}
@@ -335,6 +351,7 @@ def test_every_claim_names_a_suite_that_makes_its_data(tmp_path):
 )
 def test_mistakes_in_claims(text, expected, tmp_path):
     (tmp_path / "claims.toml").write_text(text)
-    done = script("claims", "--claims", tmp_path / "claims.toml", "--out", tmp_path / "claims.md")
+    readme = ["--readme", ROOT / "README.md"]
+    done = script("claims", "--claims", tmp_path / "claims.toml", "--out", tmp_path / "claims.md", *readme)
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "claims.md").exists()

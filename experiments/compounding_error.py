@@ -15,6 +15,7 @@ command goes on from what is in --csv. Extra `bench` for the figure.
 import argparse
 import csv
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -108,9 +109,8 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> tuple[list[dic
                 raise ValueError(f"--horizon {longest}: must be at most {replay.task.length} on {task}")
             held = module.held_out(replay.number[: replay.size]).nonzero().squeeze(1)
             if not len(held):
-                raise ValueError(
-                    f"--transitions {args.transitions}: must fill two episodes or more of {task}"
-                )
+                few = f"--transitions {args.transitions}: must fill two episodes or more of {task}"
+                raise ValueError(few)
             torch.manual_seed(seed)
             model = fit(module, replay, steps, args, bar)
             torch.manual_seed(seed)
@@ -162,14 +162,14 @@ def plot(table: list[dict], paths: dict[str, Tensor], out: Path) -> None:
         1, 1 + len(tasks), figsize=(3.4 * (1 + len(tasks)), 3.2), layout="constrained"
     )
     for i, (name, path) in enumerate(paths.items()):
-        colour = "black" if name == "recorded" else COLOURS[i - 1]
+        colour = "black" if name == "recorded" else COLOURS[(i - 1) % len(COLOURS)]
         style = {"lw": 2.5, "alpha": 0.5} if name == "recorded" else {"marker": ".", "ms": 3}
         panels[0].plot(path[:, 0], path[:, 1], color=colour, label=name, **style)
     panels[0].set(title=f"one window, {tasks[0]}", xlabel="first dimension", ylabel="second dimension")
     panels[0].legend(frameon=False)
     for axes, task in zip(panels[1:], tasks, strict=True):
         losses = sorted({int(row["loss_steps"]) for row in table if row["task"] == task})
-        for steps, colour in zip(losses, COLOURS, strict=False):
+        for steps, colour in zip(losses, itertools.cycle(COLOURS), strict=False):
             lines = average(table, task, steps, "error")
             k = np.arange(1, lines.shape[1] + 1)
             axes.plot(k, lines.mean(0), color=colour, label=f"L = {steps}")

@@ -220,7 +220,7 @@ class BranchedRollouts:
     """Units in each hidden layer of the model (ours; released: 200)."""
     model_lr: Rate = 1e-3
     """Adam step size of the model (released)."""
-    model_steps: Count = 500
+    refit_steps: Count = 500
     """Gradient steps after which a refit begins no new epoch (ours; released: no limit, here 10 million)."""
 
 
@@ -251,7 +251,7 @@ class Args(Run, SAC, BranchedRollouts):
             growth = ("growth_starts", "growth_ends", "rollout_length", "rollout_length_max")
             values |= dict(zip(growth, found.pop("growth"), strict=True)) | found
         if given.preset == "released":
-            sizes = {"model_layers": 4, "model_hidden": 200, "model_steps": 10_000_000}
+            sizes = {"model_layers": 4, "model_hidden": 200, "refit_steps": 10_000_000}
             return values | sizes | {"rollout_batch": 100_000}
         for name, most in (("updates_per_step", 10), ("learning_starts", 1_000)):
             values[name] = min(most, values[name])
@@ -689,7 +689,7 @@ class Agent:
         weights = [p for layer in self.model.layers for p in layer.parameters()]
         kept, best, stale, epoch = [p.detach().clone() for p in weights], [math.inf] * members, 0, 0
         steps = -(-len(target) // args.batch_size)  # of an epoch
-        while stale <= 5 and epoch * steps < args.model_steps:
+        while stale <= 5 and epoch * steps < args.refit_steps:
             for at in rows.split(args.batch_size, 1):
                 loss = ensemble_loss(self.model, train.obs[at], train.action[at], target[at])
                 self.model_optimizer.zero_grad()

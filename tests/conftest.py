@@ -33,9 +33,9 @@ TINY |= {"num-threads": 1, "device": "cpu"}
 TINY_MODEL = {"model-hidden": 16, "model-layers": 2, "model-warm-up": 5, "normalize-every": 50}
 TINY_MODEL |= {"model-batch": 16, "diagnose-every": 40, "expansion-starts": 60, "sequence-batch": 16}
 TINY_MODEL |= {"fit-steps": 6, "fit-epochs": 2, "mle-decay": 300}
-TINY_MODEL |= {"rollout-batch": 50, "model-interval": 25, "model-steps": 12, "epoch-length": 50, "elites": 2}
+TINY_MODEL |= {"rollout-batch": 50, "model-interval": 25, "refit-steps": 12, "epoch-length": 50, "elites": 2}
 TINY_MODEL |= {"rollout-length-max": 4, "growth-starts": 1, "growth-ends": 4}
-TINY_MODEL |= {"target-interval": 50, "updates-per-step": 1}
+TINY_MODEL |= {"target-interval": 50, "updates-per-step": 1, "model-updates": 1}
 TINY_GOAL = {"env-id": "TorqueBall-v0", "num-envs": 2, "updates-per-cycle": 12, "members": 3, "horizon": 3}
 TINY_GOAL |= {"model-updates": 3, "model-ready": 100}
 

@@ -222,7 +222,7 @@ NUMBERS += [("--grad-weight", 0), ("--td-weight", 0.2), ("--gradient-clip", 1e-4
 NUMBERS += [("--real-ratio", 1), ("--rollout-batch", 40), ("--epoch-length", 20), ("--growth-starts", 3)]
 NUMBERS += [("--growth-ends", 9), ("--rollout-length-max", 20)]
 NUMBERS += [("--rollout-length", 2, "--rollout-length-max", 2), ("--retain-epochs", 3), ("--elites", 1)]
-NUMBERS += [("--model-steps", 1), ("--target-interval", 7), ("--explore-chance", 0.9), ("--mean-penalty", 1)]
+NUMBERS += [("--refit-steps", 1), ("--target-interval", 7), ("--explore-chance", 0.9), ("--mean-penalty", 1)]
 NUMBERS += [("--reduction", kind) for kind in ("mean", "last", "td-lambda", "covariance")]
 NUMBERS += [("--reduction", "td-lambda", "--td-lambda", 0.9), ("--reduction", "last", "--tdk")]
 NUMBERS += [("--critics", 2), ("--reward-members", 2)]
@@ -243,8 +243,10 @@ def test_every_number_changes_what_is_learned(name, tmp_path):
             flags.append(flag + NEEDS.get((name, flag[0]), ()))
     same = ("--tdk",) if getattr(load(name).Args, "tdk", False) else ("--no-tdk",)  # is the default
     flags = [flag for flag in flags if flag != same]
-    base = torch.load(run(name, tmp_path / "base") / "final.pt", weights_only=True)["agent"]
+    short = ("--total-timesteps", 200, "--eval-every", 200, "--eval-episodes", 1)
+    base = torch.load(run(name, tmp_path / "base", *short) / "final.pt", weights_only=True)["agent"]
     for flag in flags:
-        other = torch.load(run(name, tmp_path / "other", *flag) / "final.pt", weights_only=True)["agent"]
+        folder = run(name, tmp_path / "other", *short, *flag)
+        other = torch.load(folder / "final.pt", weights_only=True)["agent"]
         pairs = zip(base["actor"].values(), other["actor"].values(), strict=True)
         assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs), flag

@@ -194,7 +194,7 @@ def test_best_variance_is_the_squared_error():
 
 def test_members_learn_from_bootstraps_of_their_own(monkeypatch):
     """Rows with replacement, 63 % of them distinct, another multiset for each; held-out ones in none."""
-    agent, seen = make_agent(members=3, elites=2, batch_size=50, model_steps=64), []
+    agent, seen = make_agent(members=3, elites=2, batch_size=50, refit_steps=64), []
     original = mbpo.ensemble_loss
     monkeypatch.setattr(mbpo, "ensemble_loss", lambda *a: (seen.append(a[1][..., 0]), original(*a))[1])
     buffer = filled_buffer(mbpo, rows=2_000)
@@ -224,7 +224,7 @@ def test_a_row_that_a_member_never_draws_never_moves_it(monkeypatch):
 
     def refitted(shift: float):
         torch.manual_seed(3)
-        agent = make_agent(members=2, elites=1, batch_size=20, model_steps=1)
+        agent = make_agent(members=2, elites=1, batch_size=20, refit_steps=1)
         agent.rule = lambda obs: obs[:, 0]
         agent.model.max_log_var.requires_grad_(False), agent.model.min_log_var.requires_grad_(False)
         agent.held_out_errors = lambda held: torch.tensor([1.0, 1.0])
@@ -262,7 +262,7 @@ def scripted(agent, errors: list[list[float]], monkeypatch):
 
 
 def test_refit_stops_after_six_epochs_without_one_percent(monkeypatch):
-    agent = make_agent(members=1, elites=1, batch_size=1_000, model_steps=100)
+    agent = make_agent(members=1, elites=1, batch_size=1_000, refit_steps=100)
     scripted(agent, [[x] for x in (1, 0.995, 0.992, 0.9905, 0.9902, 0.99015, 0.99012, 5, 5)], monkeypatch)
     agent.refit(filled_buffer(mbpo))
     assert agent.refit_report[2] == 7  # epochs
@@ -271,14 +271,14 @@ def test_refit_stops_after_six_epochs_without_one_percent(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "epochs"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_refit_begins_no_epoch_after_its_steps(limit, epochs, monkeypatch):
-    agent = make_agent(members=1, elites=1, batch_size=50, model_steps=limit)  # 4 steps an epoch
+    agent = make_agent(members=1, elites=1, batch_size=50, refit_steps=limit)  # 4 steps an epoch
     scripted(agent, [[1 / k] for k in range(1, 20)], monkeypatch)
     agent.refit(filled_buffer(mbpo))
     assert agent.refit_report[2] == epochs
 
 
 def test_each_member_keeps_its_own_best(monkeypatch):
-    agent = make_agent(members=2, elites=2, batch_size=1_000, model_steps=3)
+    agent = make_agent(members=2, elites=2, batch_size=1_000, refit_steps=3)
     scripted(agent, [[3.0, 3.0], [2.0, 4.0], [5.0, 1.0], [2.0, 1.0]], monkeypatch)
     agent.refit(filled_buffer(mbpo))
     assert agent.model.layers[0].bias[:, 0, 0].tolist() == [2, 3]
@@ -286,7 +286,7 @@ def test_each_member_keeps_its_own_best(monkeypatch):
 
 def test_elites_are_the_best_and_alone_imagine(monkeypatch):
     """Errors 5, 1, 4, 2, 3, 7, 6: members 1, 3, 4, 2, 0; the others' weights are NaN and never used."""
-    agent = make_agent(members=7, elites=5, batch_size=1_000, model_steps=1)
+    agent = make_agent(members=7, elites=5, batch_size=1_000, refit_steps=1)
     scripted(agent, [[5.0, 1, 4, 2, 3, 7, 6]] * 3, monkeypatch)
     for layer in agent.model.layers:
         layer.weight.data[5:] = math.nan
@@ -322,7 +322,7 @@ def test_scaler_of_a_constant_column():
 
 def test_refit_learns_a_linear_world():
     """s' = 0.9 s + 0.5 a: the mean is found to a hundredth of its spread."""
-    agent = make_agent(members=3, elites=2, batch_size=64, model_steps=780, model_hidden=32)
+    agent = make_agent(members=3, elites=2, batch_size=64, refit_steps=780, model_hidden=32)
     buffer = filled_buffer(mbpo, rows=1_000)
     agent.rule = lambda obs: torch.zeros(len(obs))
     agent.refit(buffer)
@@ -338,7 +338,7 @@ def test_refit_learns_a_linear_world():
 @pytest.mark.parametrize(("ratio", "real"), [(0.05, 12), (0.0, 0), (0.5, 128), (1.0, 256)])
 def test_split_of_a_batch(ratio, real, monkeypatch):
     agent = make_agent(
-        real_ratio=ratio, batch_size=256, updates_per_step=2, members=2, elites=1, model_steps=1
+        real_ratio=ratio, batch_size=256, updates_per_step=2, members=2, elites=1, refit_steps=1
     )
     agent.args.rollout_batch, agent.rule = 60, lambda obs: torch.zeros(len(obs))
     seen = []
@@ -442,7 +442,7 @@ def test_rules_by_hand():
 def test_unknown_terminations_are_learned(tmp_path):
     torch.manual_seed(0)
     agent, buffer = (
-        make_agent(members=2, elites=1, model_steps=800, model_lr=3e-3),
+        make_agent(members=2, elites=1, refit_steps=800, model_lr=3e-3),
         mbpo.ReplayBuffer(400, 1, 1, torch.device("cpu")),
     )
     obs, action = 2 * torch.rand(400) - 1, 2 * torch.rand(400) - 1

@@ -40,7 +40,7 @@ def name_of(algo: str, args: dict) -> str:
     if (algo, presets) not in KNOWN:
         KNOWN[algo, presets] = load(algo).Args.defaults(list(presets))
     defaults = KNOWN[algo, presets]
-    changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults[n]]
+    changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults.get(n)]
     if "horizon" in args:
         changed = ["horizon", *(n for n in changed if n != "horizon")]
     return "__".join(f"{name}-{args[name]}" for name in changed).replace("/", "-") or "default"

@@ -58,12 +58,13 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int) -> None:
 
     remote = ray.remote(max_retries=retries, **needs)(task)
     progress, begun, started = Progress(jobs), time.monotonic(), {}
+    sizes = {job.name: size(job.log) for job in jobs}
     pending = {remote.remote(job): job for job in jobs}
     try:
         while pending:
             ended, _ = ray.wait(list(pending), timeout=0.5)
-            for job in jobs:  # on the shared folder a lock file says that a task has begun
-                if job.name not in started and job.log.with_suffix(".lock").exists():
+            for job in jobs:  # on the shared folder its log says that a task has begun
+                if job.name not in started and size(job.log) > sizes[job.name]:
                     started[job.name] = time.monotonic()
             for ref in ended:
                 job = pending.pop(ref)
@@ -81,6 +82,11 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int) -> None:
             ray.wait(list(pending), num_returns=len(pending), timeout=60)
         progress.close()
         ray.shutdown()
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def note(job: Job, error: Exception) -> None:

@@ -14,7 +14,6 @@ a mistake.
 """
 
 import argparse
-import csv
 import dataclasses
 import fcntl
 import functools
@@ -159,15 +158,18 @@ def place_of(job: Job) -> str:
 
 
 def published(job: Job) -> Path | None:
-    """The exported evaluations of the whole run in docs/results/<suite>/, if they are there."""
+    """The exported evaluations of the whole run in docs/results/<suite>/, if they are there.
+
+    Raises ValueError if they are damaged.
+    """
     if not job.suite:
         return None
     path = ROOT / "docs" / "results" / job.suite / place_of(job) / f"{job.wanted['seed']}.csv"
     if not path.exists():
         return None
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return path if rows and float(rows[-1].get("step") or 0) >= job.steps else None
+    from report import read_curve
+
+    return path if read_curve(path, job.suite, "", "", path.stem).steps[-1] >= job.steps else None
 
 
 @functools.cache
@@ -245,13 +247,21 @@ def steps_done(log: Path) -> int:
     return int(found[-1]) if found else 0
 
 
-def run_alone(job: Job, started=lambda process: None, **options) -> int:
+def run_alone(job: Job, stop=lambda: False, **options) -> int:
     """Carry out one job, after whoever works at it elsewhere, from its last checkpoint; its exit code.
 
     The lock belongs to the run itself: it is held for as long as the run lives, even if its launcher dies.
+    Waits are short, so that stop() and Ray, which interrupts between two of them, end the job soon.
     """
     with open(job.log.with_suffix(".lock"), "w") as lock, open(job.log, "ab") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop():
+                    return -signal.SIGTERM
+                time.sleep(0.1)
         continue_or_skip(job)
         if job.state == "finished":
             return 0
@@ -259,15 +269,13 @@ def run_alone(job: Job, started=lambda process: None, **options) -> int:
         log.flush()
         options |= {"stdout": log, "stderr": log, "cwd": ROOT, "pass_fds": [lock.fileno()]}
         process = subprocess.Popen(job.command, **options)
-        started(process)
         try:
-            while process.poll() is None:  # Ray interrupts between two short waits only
+            while process.poll() is None and not stop():
                 time.sleep(0.1)
-            return process.returncode
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+        finally:
+            if process.poll() is None:
+                process.terminate()
+        return process.wait()
 
 
 class Progress:
@@ -322,14 +330,18 @@ def settle(job: Job, code: int, seconds: float) -> None:
 
 def execute(jobs: list[Job], workers: int) -> None:
     """Run the jobs on this machine, `workers` at a time; each gets its outcome."""
-    running: dict[str, subprocess.Popen] = {}
-    stopping = False
+    running, stopping = set(), False
 
     def one(job: Job) -> None:
+        begun = time.monotonic()
+        running.add(job.name)
+        try:
+            code = run_alone(job, lambda: stopping)
+        except OSError as error:  # a full disk, say
+            tqdm.write(f"{job.name}: {error}")
+            code = -1
+        running.discard(job.name)
         if not stopping:
-            begun = time.monotonic()
-            code = run_alone(job, lambda process: running.__setitem__(job.name, process))
-            running.pop(job.name, None)
             settle(job, code, time.monotonic() - begun)
 
     progress = Progress(jobs)
@@ -343,8 +355,6 @@ def execute(jobs: list[Job], workers: int) -> None:
             stopping = True
             for future in futures:
                 future.cancel()
-            for process in list(running.values()):
-                process.terminate()
             raise
         finally:
             progress.close()

@@ -1,5 +1,6 @@
 """benchmark.sh: exact commands, parallel runs, resuming, skipping, and failures that are never swallowed."""
 
+import fcntl
 import os
 import re
 import shlex
@@ -210,6 +211,35 @@ def test_two_launchers_share_a_run(tmp_path):
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     (folder,) = folders(tmp_path / "runs")
     assert (folder / "final.pt").exists()
+
+
+def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
+    """The lock of a run is held elsewhere: SIGTERM ends the one who waits, at once and without a run."""
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", 1]
+    flags += ["--runs-dir", tmp_path / "runs", "--", *EXTRA]
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    (tmp_path / "runs" / "logs").mkdir(parents=True)
+    (job,) = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1"], str(tmp_path / "runs"), 1, EXTRA)
+    with open(job.log.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(*flags)
+        time.sleep(6)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 143 and folders(tmp_path / "runs") == []
+
+
+def test_log_that_cannot_be_written_fails_one_run(tmp_path):
+    """One line names it, the other run is complete."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    runs_dir = tmp_path / "runs"
+    job, _ = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1", "2"], str(runs_dir), 1, EXTRA)
+    job.log.mkdir(parents=True)  # a folder where the log should be
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--runs-dir", runs_dir]
+    code, out, error = benchmark(*flags, "--", *EXTRA)
+    assert code == 1 and "2 runs, 1 complete, 1 failed" in out and "Traceback" not in error
+    assert "Is a directory" in out + error
 
 
 def test_suite_of_ones_own(tmp_path):

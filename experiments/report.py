@@ -19,6 +19,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 import sys
@@ -223,28 +224,49 @@ def clean(axes) -> None:
 
 
 def styles():
-    """Colours that all eyes can tell apart, then the same dashed."""
+    """Colours that all eyes can tell apart, then the same dashed, dotted, and again."""
     from curves import COLOURS
 
-    return [(colour, line) for line in ("-", "--", ":") for colour in COLOURS]
+    return itertools.cycle([(colour, line) for line in ("-", "--", ":") for colour in COLOURS])
+
+
+def panels_of(methods: dict[str, list[Curve]]) -> list[dict[str, list[Curve]]]:
+    """Up to six methods in one panel, else one for each algorithm; horizons in the order of their numbers."""
+    order = sorted(
+        methods, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)]
+    )
+    if len(methods) <= 6:
+        return [{name: methods[name] for name in order}]
+    found: dict[str, dict[str, list[Curve]]] = {}
+    for name in order:
+        found.setdefault(name.split(",")[0], {})[name] = methods[name]
+    return list(found.values())
 
 
 def plot_curves(task: str, methods: dict[str, list[Curve]], out: Path) -> None:
-    """Mean over seeds with its 95 % interval (Student's t) at the steps that all runs have."""
+    """Mean over seeds with its 95 % interval (Student's t) at the steps that all runs of a method have; the
+    axis shows the returns there are, not how far intervals of few seeds reach."""
     import matplotlib.pyplot as plt
     from stats import mean_interval
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for (method, curves), (colour, line) in zip(methods.items(), styles(), strict=False):
-        steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
-        values = [[c.values["return_mean"][c.steps == step][0] for c in curves] for step in steps]
-        mean, low, high = np.array([mean_interval(v) for v in values]).T
-        label = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-        axes.plot(steps, mean, line, color=colour, label=label)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-    axes.set(title=f"{task}: mean and 95 % interval", xlabel="environment steps", ylabel="return")
-    clean(axes)
-    axes.legend(frameon=False, fontsize=7)
+    panels = panels_of(methods)
+    size = {"figsize": (8.2, 0.6 + 3 * len(panels)), "sharex": True, "sharey": True, "squeeze": False}
+    figure, grid = plt.subplots(len(panels), 1, layout="constrained", **size)
+    for axes, shown in zip(grid[:, 0], panels, strict=True):
+        for (method, curves), (colour, line) in zip(shown.items(), styles(), strict=False):
+            steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
+            values = [[c.values["return_mean"][c.steps == step][0] for c in curves] for step in steps]
+            mean, low, high = np.array([mean_interval(v) for v in values]).T
+            label = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+            axes.plot(steps, mean, line, color=colour, label=label)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
+        axes.set(ylabel="return")
+        clean(axes)
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    seen = np.concatenate([c.values["return_mean"] for found in methods.values() for c in found])
+    margin = 0.05 * (np.ptp(seen) or 1.0)
+    grid[0, 0].set(title=f"{task}: mean and 95 % interval", ylim=(seen.min() - margin, seen.max() + margin))
+    grid[-1, 0].set(xlabel="environment steps")
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -173,6 +173,26 @@ def test_horizons_are_found(tmp_path):
     assert (tmp_path / "out" / "suite_Hopper-v5_horizons.png").stat().st_size > 5_000
 
 
+def test_no_method_is_left_out_of_the_curves(tmp_path, monkeypatch):
+    """Twenty-one methods: a panel for each algorithm, a line for each method, horizons by number."""
+    from matplotlib.axes import Axes
+
+    for k in (0, 1, 3, 5, 10, 20, 30):
+        for algo in ("sac_mve", "sac_ove", "sac_retrace"):
+            exported(tmp_path, f"{algo}/horizon-{k}", 1, [0, k])
+    (methods,) = report.grouped(report.read_all(None, tmp_path)).values()
+    panels = report.panels_of(methods)
+    assert [list(panel)[-2:] for panel in panels] == [
+        [f"{algo}, horizon 20", f"{algo}, horizon 30"] for algo in ("sac_mve", "sac_ove", "sac_retrace")
+    ]
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **k: (lines.append(k["label"]), plot(self, *a, **k))[1]
+    )
+    report.plot_curves("task", methods, tmp_path / "a.png")
+    assert len(lines) == 21 and len(set(lines)) == 21
+
+
 def test_success_has_a_column(tmp_path):
     path = exported(tmp_path, "ddpg_mve_min/horizon-5", 1, [0, 0], task="TorqueBall-v0")
     path.write_text("step,return_mean,success_rate\n0,-50,0\n100,-20,0.5\n200,-10,1\n")

@@ -5,8 +5,8 @@
 
 A claim has cases. A case compares means over seeds: Σ weight · mean, with the 95 % interval of Welch and
 Satterthwaite; or it asks for the share of seeds that reach a return before a step, with Wilson's interval.
-It holds if the interval lies on the claimed side (of zero, or of the share), does not hold if it lies on the
-other, and is undecided otherwise; a claim of no difference holds if the interval lies within the margin.
+It holds if the interval lies on the claimed side (of zero, `than` or the share), does not hold if it lies on
+the other, and is undecided otherwise; a claim of no difference holds if the interval lies within the margin.
 Fewer than five seeds decide nothing. A claim holds if all its cases do, and does not if one does not.
 Extra `bench`.
 """
@@ -37,7 +37,7 @@ return over the steps."""
 SUMMARY = re.compile(r"^\d+ claims: .*$", re.M)
 CLAIM = {"id", "paper", "source", "statement", "suite", "note", "cases"}
 CASE = {"about", "metric", "terms", "expect", "margin", "share", "level", "before"}
-CASE |= {"value", "replicate"}
+CASE |= {"value", "replicate", "never", "than"}
 
 
 @dataclasses.dataclass
@@ -73,6 +73,11 @@ def read_claims(path: Path) -> tuple[dict[str, str], list[dict]]:
                 raise ValueError(f"{name}: terms, expect: must be given, expect above, below or equal")
             if (case.get("expect") == "equal") != ("margin" in case):
                 raise ValueError(f"{name}: margin: must be given with expect = equal, and only then")
+            needs = {"steps": {"level", "never"}, "reaches": {"level", "before", "share"}}
+            needs |= {"table": {"value", "replicate"}}
+            kind = case.get("metric", "area").split(" of ")[0]
+            if missing := needs.get(kind, set()) - set(case):
+                raise ValueError(f"{name}: {missing.pop()}: must be given with metric = {kind}")
     return page["papers"], page["claims"]
 
 
@@ -112,6 +117,9 @@ def groups_of(results: Path, case: dict) -> list[tuple[float, list[float]]]:
     end = min(curve.steps[-1] for found in curves for curve in found)
     kind, _, column = metric.partition(" of ")
     column = {"": "return_mean", "return": "return_mean", "success": "success_rate"}[column]
+    if kind == "steps":  # of the whole runs
+        reach = lambda curve: min(curve.reaches(case["level"], column), case["never"])  # noqa: E731
+        return [(t[0], [reach(c) for c in found]) for t, found in zip(case["terms"], curves, strict=True)]
     measure = {
         "area": lambda curve: curve.upto(end).area(column),
         "final": lambda curve: curve.upto(end).final(column),
@@ -151,7 +159,7 @@ def decide(results: Path, case: dict) -> Finding:
         verdict = judge(*found[1:], expect, case["share"])
     else:
         found = contrast(groups)
-        verdict = judge(*found[1:], expect, margin=case.get("margin", 0.0))
+        verdict = judge(*found[1:], expect, case.get("than", 0.0), case.get("margin", 0.0))
     return Finding(about, verdict if seeds >= ENOUGH else FEW, seeds, *found)
 
 

@@ -56,6 +56,11 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int) -> None:
 
         return run_alone(job, preexec_fn=end_with_parent)
 
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    amounts = {"CPU": needs["num_cpus"], "memory": needs["memory"], "GPU": needs["num_gpus"]}
+    if not any(all(machine.get(k, 0) >= amount for k, amount in amounts.items()) for machine in machines):
+        asked = ", ".join(f"{k} {amount:g}" for k, amount in amounts.items() if amount)
+        print(f"no machine of the cluster has {asked}: the runs wait for one; Ctrl-C stops", file=sys.stderr)
     remote = ray.remote(max_retries=retries, **needs)(task)
     progress, begun, started = Progress(jobs), time.monotonic(), {}
     sizes = {job.name: size(job.log) for job in jobs}

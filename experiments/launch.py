@@ -6,11 +6,11 @@
 
 What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run
 prints the exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own;
-it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh. Each run
-writes its output to <runs-dir>/logs/. A run belongs to a command when all its arguments agree, so the same
-line can be given again after a crash, or with more seeds. --ray hands the same runs to a Ray cluster
-(docs/cluster.md). Exit code: 0 when every run is complete, 1 when some failed (named, with their logs), 2 for
-a mistake.
+it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh or with
+flags after --. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its
+arguments agree, so the same line can be given again after a crash, or with more seeds. --ray hands the same
+runs to a Ray cluster (docs/cluster.md). Exit code: 0 when every run is complete, 1 when some failed (named,
+with their logs), 2 for a mistake.
 """
 
 import argparse
@@ -140,11 +140,11 @@ def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
             record = json.loads((folder / "args.json").read_text())
         except (OSError, ValueError):
             continue
-        saved = record["args"]
+        saved = record.get("args", {})
         same = all(
             saved.get(name) == value for name, value in wanted.items() if name not in ("runs_dir", "resume")
         )
-        if record["algo"] == algo and same:
+        if record.get("algo") == algo and same:
             return folder
     return None
 
@@ -158,7 +158,7 @@ def place_of(job: Job) -> str:
 
 
 def published(job: Job) -> Path | None:
-    """The exported evaluations of the whole run in docs/results/<suite>/, if they are there.
+    """The exported evaluations of the whole run in docs/results/<suite>/, as often as this job's, if there.
 
     Raises ValueError if they are damaged.
     """
@@ -169,7 +169,12 @@ def published(job: Job) -> Path | None:
         return None
     from report import read_curve
 
-    return path if read_curve(path, job.suite, "", "", path.stem).steps[-1] >= job.steps else None
+    steps = read_curve(path, job.suite, "", "", path.stem).steps
+    every = job.wanted["eval_every"]
+    as_often = (
+        len(steps) > 1 and abs(steps[1] - steps[0] - every) < 0.4 * every
+    )  # whole episodes may be longer
+    return path if steps[-1] >= job.steps and as_often else None
 
 
 @functools.cache
@@ -186,8 +191,10 @@ def plan(
     threads: int,
     extra: list[str],
     suite: str = "",
+    fresh: bool = False,
 ) -> list[Job]:
-    """The jobs in order, seeds outermost so that comparisons grow evenly. Raises ValueError on bad input."""
+    """The jobs in order, seeds outermost so that comparisons grow evenly; with `fresh` none counts as
+    published. Raises ValueError on bad input."""
     groups = split_flags(extra)
     modules = {}
     for algo in algos:
@@ -221,7 +228,7 @@ def plan(
                 log = Path(runs_dir) / "logs" / f"{name}.log"
                 job = Job(name, algo, wanted, command, log, "new", args.total_timesteps, suite)
                 continue_or_skip(job)
-                if job.state == "new" and (path := published(job)):
+                if job.state == "new" and not fresh and (path := published(job)):
                     job.state, job.result = "published", path
                 jobs.append(job)
     return jobs
@@ -412,7 +419,7 @@ def suite_jobs(name: str, runs_dir: str, threads: int, extra: list[str], fresh: 
         for block in blocks:
             parts = (block["algos"], block["env_ids"], [seed] * (seed in map(str, block["seeds"])))
             flags = [*shlex.split(block.get("flags", "")), *extra]
-            jobs += plan(*parts, runs_dir, threads, flags, "" if fresh else block["suite"])
+            jobs += plan(*parts, runs_dir, threads, flags, block["suite"], fresh or bool(extra))
     return about, jobs
 
 
@@ -423,17 +430,19 @@ def report_on(jobs: list[Job], suite: str, runs_dir: str) -> None:
     if missing := [n for n in ("scipy", "matplotlib") if importlib.util.find_spec(n) is None]:
         print(f"no report: {missing[0]} is not installed (pip install -e '.[bench]')")
         return
-    curves = []
+    curves, missing = [], []
     for job in jobs:
         folder = find_run(Path(runs_dir), job.algo, job.wanted)
         complete = folder is not None and (folder / "final.pt").exists()
         path = folder / "eval.csv" if complete else job.result
-        if path is not None:
+        if path is None:
+            missing.append(job.name)
+        else:
             task, algo, settings = place_of(job).split("/")
             method = method_of(algo, settings)
             curves.append(read_curve(path, job.suite or suite, task, method, job.wanted["seed"]))
     out = Path(runs_dir) / f"report-{suite}"
-    print(write_report(curves, out))
+    print(write_report(curves, out, missing=missing))
     print(f"report: {out / 'report.md'}")
 
 

@@ -2,7 +2,7 @@
 
     python experiments/report.py                          # runs/ and docs/results/ -> report/
     python experiments/report.py --suites quick --out report
-    python experiments/report.py --export quick           # complete runs of runs/ -> docs/results/quick
+    python experiments/report.py --export quick           # complete runs of that suite -> docs/results/quick
     python experiments/report.py --random Hopper-v5       # the random policy's return, for normalisers.toml
 
 Reads complete runs below --runs and exported ones, <results>/<suite>/<task>/<algorithm>/<settings>/
@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,11 +51,11 @@ class Curve:
     values: dict[str, np.ndarray]
 
     def upto(self, end: int) -> "Curve":
-        """The same without what came after step `end`."""
+        """The same without what came after step `end`; if it was not evaluated there, on a straight line."""
         kept = self.steps <= end
-        return dataclasses.replace(
-            self, steps=self.steps[kept], values={name: x[kept] for name, x in self.values.items()}
-        )
+        steps = self.steps[kept] if end in self.steps or end > self.steps[-1] else [*self.steps[kept], end]
+        values = {name: np.interp(steps, self.steps, x) for name, x in self.values.items()}
+        return dataclasses.replace(self, steps=np.asarray(steps, float), values=values)
 
     def final(self, column: str = "return_mean") -> float:
         """Mean of the last ten evaluations, of the last half of them where there are fewer than twenty."""
@@ -119,10 +120,13 @@ def read_all(runs: Path | None, results: Path | None, suites: list[str] | None =
 
 
 def grouped(curves: list[Curve]) -> dict[tuple[str, str], dict[str, list[Curve]]]:
-    """{(suite, task): {method: curves at equal steps}}; of two runs of one seed the later counts."""
+    """{(suite, task): {method: curves at equal steps}}; of two runs of one seed the longer counts, or the
+    later of equal ones."""
     groups: dict = {}
     for curve in curves:
-        groups.setdefault((curve.suite, curve.task), {}).setdefault(curve.method, {})[curve.seed] = curve
+        seeds = groups.setdefault((curve.suite, curve.task), {}).setdefault(curve.method, {})
+        if curve.seed not in seeds or curve.steps[-1] >= seeds[curve.seed].steps[-1]:
+            seeds[curve.seed] = curve
     equal = {}
     for key, methods in groups.items():
         end = min(curve.steps[-1] for seeds in methods.values() for curve in seeds.values())
@@ -324,8 +328,13 @@ def plot_profile(tasks: list[str], found: dict[str, list[np.ndarray]], out: Path
     plt.close(figure)
 
 
-def write_report(curves: list[Curve], out: Path, pictures: bool = True) -> str:
-    """report.md and its pictures in `out`; returns the page. Raises OSError where it cannot write."""
+def write_report(
+    curves: list[Curve], out: Path, pictures: bool = True, missing: list[str] | None = None
+) -> str:
+    """report.md and its pictures in `out`; returns the page. Raises OSError where it cannot write.
+
+    missing: names of runs that were asked for and are not complete; None if nobody knows what was asked for.
+    """
     if pictures:
         import matplotlib
 
@@ -338,12 +347,30 @@ def write_report(curves: list[Curve], out: Path, pictures: bool = True) -> str:
         "Final return: mean of a run's last evaluations; ± is the standard deviation over seeds.",
         "",
     ]
+    if missing is not None:
+        page += [f"{len(curves)} of {len(curves) + len(missing)} runs are complete.", ""]
+        page += ["Not complete, and not in the tables:", "", *(f"- {name}" for name in missing), ""] * bool(
+            missing
+        )
+    counted = sum(len(found) for methods in groups.values() for found in methods.values())
+    if counted < len(curves):
+        page += [
+            f"{len(curves) - counted} runs are left out: others of the same settings and seed count.",
+            "",
+        ]
     for suite in dict.fromkeys(suite for suite, _ in groups):
         page += [f"## {suite}", ""]
         for task in (task for name, task in groups if name == suite):
             methods = groups[suite, task]
             end = max(curve.steps[-1] for found in methods.values() for curve in found)
-            page += [f"### {task}, {end:.0f} steps", "", task_table(task, methods), ""]
+            page += [f"### {task}, {end:.0f} steps", ""]
+            longer = {c.method for c in curves if (c.suite, c.task) == (suite, task) and c.steps[-1] > end}
+            if longer:
+                page += [
+                    f"Runs of {'; '.join(sorted(longer))} went on; here all end where the shortest does.",
+                    "",
+                ]
+            page += [task_table(task, methods), ""]
             stem = re.sub(r"[^\w.-]+", "-", f"{suite}_{task}")
             if pictures:
                 plot_curves(task, methods, out / f"{stem}.png")
@@ -362,6 +389,23 @@ def write_report(curves: list[Curve], out: Path, pictures: bool = True) -> str:
     text = "\n".join(page)
     (out / "report.md").write_text(text)
     return text
+
+
+def export_suite(suite: str, runs: Path, results: Path) -> int:
+    """Copy the eval.csv of every complete run of the suite, on any number of threads, to <results>/<suite>/,
+    or to that of the suite it is included from; returns how many. Raises ValueError if there is none."""
+    from launch import find_run, place_of, suite_jobs
+
+    count = 0
+    for job in suite_jobs(suite, str(runs), 1, [], fresh=True)[1]:
+        wanted = {k: v for k, v in job.wanted.items() if k not in ("num_threads", "device", "capture_video")}
+        folder = find_run(runs, job.algo, wanted)
+        if folder is not None and (folder / "final.pt").exists():
+            path = results / job.suite / place_of(job) / f"{job.wanted['seed']}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "eval.csv", path)
+            count += 1
+    return count
 
 
 def random_return(env_id: str, episodes: int = 100) -> tuple[float, float]:
@@ -390,7 +434,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="of exported ones")
     parser.add_argument("--suites", type=split, help=f"these alone, {RUNS} being those of --runs")
     parser.add_argument("--out", type=Path, default=Path("report"), help="(default: report)")
-    parser.add_argument("--export", metavar="SUITE", help="copy complete runs into <results>/SUITE and stop")
+    parser.add_argument(
+        "--export",
+        metavar="SUITE",
+        help="copy the suite's complete runs (of a name that is no suite: all) to <results>/SUITE",
+    )
     parser.add_argument(
         "--random", type=split, metavar="ENV_IDS", help="returns of a random policy, and stop"
     )
@@ -406,10 +454,15 @@ def main() -> int:
             return 0
         if args.export:
             from curves import export
+            from launch import suite_names
 
             if not re.fullmatch(r"[\w.-]+", args.export):
                 raise ValueError(f"--export {args.export}: must be a name of letters, digits, . and -")
-            count = export(args.runs, args.results / args.export)
+            count = (
+                export_suite(args.export, args.runs, args.results)
+                if args.export in suite_names()
+                else export(args.runs, args.results / args.export)
+            )
             print(f"{count} runs exported to {args.results / args.export}")
             return 0
         if missing := [n for n in ("scipy", "matplotlib") if importlib.util.find_spec(n) is None]:

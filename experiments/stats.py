@@ -10,6 +10,7 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2_000
+FEWEST = 5  # values in a group from which the bootstrap says anything; of 5 in each of 3 tasks it covers 0.90
 
 
 def mean_interval(values) -> tuple[float, float, float]:
@@ -46,10 +47,11 @@ def interquartile_mean(*tasks, axis: int = -1) -> np.ndarray:
 
 def bootstrapped(statistic, groups, seed: int = 0) -> tuple[float, float, float]:
     """statistic(*groups, axis) with its 95 % interval by the percentile bootstrap; each group is resampled by
-    itself: strata are tasks (and methods). NaN ends where a group has one value."""
+    itself: strata are tasks (and methods). NaN ends where a group has fewer than FEWEST values: to resample
+    two or three makes an interval far too narrow."""
     groups = [np.asarray(group, float) for group in groups]
     estimate = float(statistic(*groups, axis=-1))
-    if min(len(group) for group in groups) < 2:
+    if min(len(group) for group in groups) < FEWEST:
         return estimate, math.nan, math.nan
     rule = {"n_resamples": RESAMPLES, "method": "percentile", "confidence_level": LEVEL}
     rule |= {"vectorized": True, "axis": -1, "rng": np.random.default_rng(seed)}

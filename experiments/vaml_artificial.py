@@ -5,17 +5,20 @@
 A world is a random network of the model's own kind (two hidden layers, 4 states, 2 actions, moderate noise),
 its value function another random network. A model with as many layers (realizable) or one fewer is fitted to
 50 000 transitions of a random policy with c of (9) 1, 0.001 and 0, and tested on 1 000 others. What the paper
-does not print is ours: episodes of 50 steps from N(0, I), n = 8 samples, patience 5, at most 200 epochs.
+does not print is ours: episodes of 5 steps from N(0, I) (some random worlds explode: after 50 steps
+states of 1e10 were seen, where values are flat and likelihoods overflow), n = 8 samples, patience 5, at most
+200 epochs.
 
-All worlds and losses of a width are trained at once, as stacked networks, on the same minibatches. Per
-row of the table: value-aware error on the test set with 32 samples and with one, negative log-likelihood,
-mean σ; for c = truth those of the world itself, c = mean those of its mean. With one sample the truth
-looks twice as bad as its mean: an error of about 2 v against v, v the variance of the value. Rows are
-written cell by cell; stopped, the same command goes on. Two cores: about 40 minutes. Extra `bench` for
-the figure.
+All worlds and losses of a width are trained at once, as stacked networks, from the same first weights on the
+same minibatches; whoever has stopped leaves the stack. Per row of the table: value-aware error on the test
+set with 32 samples and with one, each also as a multiple of the error of the world's own mean, negative
+log-likelihood, mean σ; for c = truth those of the world itself, c = mean those of its mean. With one sample
+the truth looks twice as bad as its mean: an error of about 2 v against v, v the variance of the value. Rows
+are written cell by cell; stopped, the same command goes on. Extra `bench` for the figure.
 """
 
 import argparse
+import copy
 import csv
 import importlib.util
 import math
@@ -31,11 +34,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 SETTINGS = "transitions,epochs,samples,worlds".split(",")  # one table, one set of these
-FIELDS = [*SETTINGS, *"width,realizable,c,seed,value_error,value_error_1,nll,std,stopped".split(",")]
+FIELDS = [*SETTINGS, *"width,realizable,c,seed,value_error,value_error_1,relative,relative_1".split(",")]
+FIELDS += ["nll", "std", "stopped"]
 SHARES = {"1": 1.0, "0.001": 0.001, "0": 0.0}
 LABELS = {"1": "likelihood (c = 1)", "0.001": "regularised (c = 0.001)", "0": "value-aware (c = 0)"}
 LABELS |= {"truth": "the world itself"}
-STATES, ACTIONS, LENGTH, BATCH, PATIENCE, TEST = 4, 2, 50, 256, 5, 1_000
+STATES, ACTIONS, LENGTH, BATCH, PATIENCE, TEST = 4, 2, 5, 256, 5, 1_000
 
 
 class Values(nn.Module):
@@ -68,7 +72,7 @@ def xavier(network: nn.Module) -> None:
 
 @torch.no_grad()
 def live(world, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """obs, action, next obs [E, transitions, ..] of random actions, episodes of 50 steps side by side."""
+    """obs, action, next obs [E, transitions, ..] of random actions, episodes of LENGTH steps side by side."""
     members, episodes = world.members, -(-transitions // LENGTH)
     obs, found = torch.randn(members, episodes, STATES), []
     for _ in range(LENGTH):
@@ -79,57 +83,90 @@ def live(world, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.stack(x, 2).flatten(1, 2)[:, :transitions] for x in zip(*found, strict=True))
 
 
-def repeated(network: nn.Module, times: int) -> nn.Module:
-    """Every member `times` in a row, weights shared in value."""
-    for part in network.modules():
-        if hasattr(part, "weight") and part.weight.ndim == 3:
-            part.weight = nn.Parameter(part.weight.data.repeat_interleave(times, 0), requires_grad=False)
-            part.bias = nn.Parameter(part.bias.data.repeat_interleave(times, 0), requires_grad=False)
+def chosen(network: nn.Module, members: Tensor) -> nn.Module:
+    """A copy of a stacked network that has these members, in this order, each as often as it is named."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        for name, part in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(part.detach()[members], part.requires_grad))
     if hasattr(network, "members"):
-        network.members *= times
+        network.members = len(members)
     return network
 
 
-def loss_of(module, model, values, data, shares: Tensor, samples: int) -> Tensor:
-    """(9) of every member, its own share c of the likelihood: [E]."""
-    obs, action, next_obs = data
+def reduced(optimizer: optim.Adam, network: nn.Module, going: Tensor) -> optim.Adam:
+    """The optimiser of the members that go on, in `network`, its moments kept."""
+    result = optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    for part, state in zip(network.parameters(), list(optimizer.state.values()), strict=True):
+        result.state[part] = {name: x if name == "step" else x[going] for name, x in state.items()}
+    return result
+
+
+def losses(module, model, judges: Values | None, batch, shares: Tensor, samples: int) -> Tensor:
+    """(9) of every member, c of the likelihood in falling order: [E]. batch: obs, action, next obs, value of
+    next obs [E, B, ..]. Neither loss is evaluated where it would weigh 0; judges are those of c < 1."""
+    obs, action, next_obs, value = batch
     mean, log_std = model(obs, action)
-    drawn = obs + mean + log_std.exp() * torch.randn(samples, *mean.shape)
-    likely = module.likelihood_loss(next_obs - obs, mean, log_std, model.varying)
-    return shares * likely + (1 - shares) * module.value_aware_loss(values(next_obs), values(drawn))
+    likely, aware = int((shares > 0).sum()), int((shares == 1).sum())  # members [:likely] and [aware:]
+    total = torch.zeros(len(shares))
+    if likely:
+        moments, delta = (mean[:likely], log_std[:likely]), (next_obs - obs)[:likely]
+        share = shares[:likely]
+        total = torch.cat([share * module.likelihood_loss(delta, *moments, model.varying), total[likely:]])
+    if aware < len(shares):
+        noise = torch.randn(samples, *mean[aware:].shape)
+        drawn = (obs + mean)[aware:] + log_std[aware:].exp() * noise
+        error = (1 - shares[aware:]) * module.value_aware_loss(value[aware:], judges(drawn))
+        total = total + torch.cat([torch.zeros(aware), error])
+    return total
 
 
-def fit(module, model, values, data, shares: Tensor, args: argparse.Namespace, name: str) -> list[int]:
-    """Train all members until each has stopped; every member ends with its best weights."""
-    members, count = len(shares), data[0].shape[1]
-    order = torch.randperm(count)
-    held, train = (tuple(x[:, at] for x in data) for at in order.split([count // 5, count - count // 5]))
-    optimizer = optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    best, bad = torch.full((members,), math.inf), torch.zeros(members, dtype=torch.long)
-    kept, stopped = [p.detach().clone() for p in model.parameters()], [0] * members
+def fit(module, model, values, data, owner: Tensor, shares: Tensor, args, name: str) -> list[int]:
+    """Train all members until each has stopped; every member ends with its best weights.
+
+    data [worlds, N, ..]; member i learns the world owner[i] with share shares[i], in falling order.
+    """
+    count, members = data[0].shape[1], len(shares)
+    data = [*data, values(data[2])]
+    held, train = torch.randperm(count).split([count // 5, count - count // 5])
+    learner = copy.deepcopy(model)
+    optimizer = optim.Adam(learner.parameters(), lr=1e-3, fused=True)
+    best, bad, stopped = torch.full((members,), math.inf), torch.zeros(members), [0] * members
+    kept = [p.detach().clone() for p in model.parameters()]
+    alive, judges = torch.arange(members), chosen(values, owner[shares < 1])
     bar = tqdm(range(1, args.epochs + 1), desc=name, leave=False)
     for epoch in bar:
-        for at in torch.randperm(train[0].shape[1]).split(BATCH):
-            loss = loss_of(module, model, values, [x[:, at] for x in train], shares, args.samples)
+        world, share = owner[alive][:, None], shares[alive]
+        for at in train[torch.randperm(len(train))].split(BATCH):
+            batch = [x[world, at] for x in data]
+            loss = losses(module, learner, judges, batch, share, args.samples)
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
         with torch.no_grad():
-            parts = [loss_of(module, model, values, [x[:, at] for x in held], shares, args.samples)
-                     for at in torch.arange(held[0].shape[1]).split(2_000)]  # fmt: skip
-        score, going = torch.stack(parts).sum(0) / held[0].shape[1], bad < PATIENCE
-        better = going & (score < best)
-        best = torch.where(better, score, best)
-        bad = torch.where(going, torch.where(better, 0, bad + 1), bad)
-        for old, new in zip(kept, model.parameters(), strict=True):
-            old[better] = new.detach()[better]
-        stopped = [epoch if was else s for was, s in zip(going.tolist(), stopped, strict=True)]
-        bar.set_postfix_str(f"{int((bad < PATIENCE).sum())} of {members} still learn")
-        if not (bad < PATIENCE).any():
+            parts = []
+            for at in held.split(2_000):
+                batch = [x[world, at] for x in data]
+                parts.append(len(at) * losses(module, learner, judges, batch, share, args.samples))
+        score = torch.stack(parts).sum(0) / len(held)
+        better = score < best[alive]
+        best[alive] = torch.where(better, score, best[alive])
+        bad[alive] = torch.where(better, 0, bad[alive] + 1)
+        for old, new in zip(kept, learner.parameters(), strict=True):
+            old[alive[better]] = new.detach()[better]
+        for member in alive.tolist():
+            stopped[member] = epoch
+        going = bad[alive] < PATIENCE
+        alive = alive[going]
+        bar.set_postfix_str(f"{len(alive)} of {members} still learn")
+        if not len(alive):
             break
-    with torch.no_grad():
-        for old, new in zip(kept, model.parameters(), strict=True):
-            new.copy_(old)
+        if not going.all():  # who has stopped leaves the stack
+            learner = chosen(learner, going.nonzero()[:, 0])
+            optimizer = reduced(optimizer, learner, going)
+            judges = chosen(values, owner[alive[shares[alive] < 1]])
+    for old, part in zip(kept, model.parameters(), strict=True):
+        part.data = old
     return stopped
 
 
@@ -189,23 +226,25 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> list[dict]:
             "truth": tested(module, worlds, values, test),
             "mean": tested(module, worlds, values, test, True),
         }
-        rows = []
-        for c, found in truths.items():
-            rows += [
-                {"c": c, "seed": seed, "stopped": 0} | row
-                for seed, row in zip(args.seeds, found, strict=True)
-            ]
         layers = 2 if realizable == "yes" else 1
         torch.manual_seed(width)
-        model = module.DeltaGaussian(seeds * times, STATES, ACTIONS, layers, width)
-        wide = [x.repeat_interleave(times, 0) for x in train]
-        judges = repeated(values, times)
-        shares = torch.tensor(list(SHARES.values())).repeat(seeds)
-        stopped = fit(module, model, judges, wide, shares, args, f"width {width}, realizable: {realizable}")
-        found = tested(module, model, judges, [x.repeat_interleave(times, 0) for x in test])
-        names = [(seed, c) for seed in args.seeds for c in SHARES]
-        for (seed, c), row, epoch in zip(names, found, stopped, strict=True):
-            rows.append({"c": c, "seed": seed, "stopped": epoch} | row)
+        model = module.DeltaGaussian(seeds, STATES, ACTIONS, layers, width)
+        owner = torch.arange(seeds).repeat(times)
+        model = chosen(model, owner)  # the losses of a world begin with the same weights
+        shares = torch.tensor([c for c in SHARES.values() for _ in range(seeds)])
+        name = f"width {width}, realizable: {realizable}"
+        stopped = fit(module, model, values, train, owner, shares, args, name)
+        found = tested(module, model, chosen(values, owner), [x[owner] for x in test])
+        rows = []
+        for i, c in enumerate([*SHARES, *truths]):
+            mine = truths[c] if c in truths else found[i * seeds : (i + 1) * seeds]
+            epochs = [0] * seeds if c in truths else stopped[i * seeds : (i + 1) * seeds]
+            for seed, row, mean, epoch in zip(args.seeds, mine, truths["mean"], epochs, strict=True):
+                relative = {
+                    name.replace("value_error", "relative"): row[name] / mean[name]
+                    for name in ("value_error", "value_error_1")
+                }
+                rows.append({"c": c, "seed": seed, "stopped": epoch} | row | relative)
         table += [settings | {"width": width, "realizable": realizable} | row for row in rows]
         write(table)
     return table
@@ -218,25 +257,27 @@ def column(table: list[dict], realizable: str, width: int, c: str, name: str) ->
 
 
 def report(table: list[dict]) -> str:
-    """Means over seeds as Markdown: value-aware error, with the deviation; the other columns by c."""
+    """Means over seeds as Markdown: value-aware error as a multiple of that of the world's mean, with the
+    deviation; the other columns are means over widths."""
     widths = sorted({int(row["width"]) for row in table})
     kinds = [*SHARES, "truth", "mean"]
-    lines = ["| realizable | c | " + " | ".join(f"width {w}" for w in widths) + " | σ | NLL | error, n = 1 |"]
+    lines = ["| realizable | c | " + " | ".join(f"width {w}" for w in widths) + " | σ | NLL | n = 1 |"]
     lines.append("|---" * (len(widths) + 5) + "|")
     for realizable in ("yes", "no"):
         for c in kinds:
-            found = [column(table, realizable, w, c, "value_error") for w in widths]
+            found = [column(table, realizable, w, c, "relative") for w in widths]
             if not all(len(x) for x in found):
                 continue
-            cells = " | ".join(f"{x.mean():.4f} ± {x.std():.4f}" for x in found)
+            cells = " | ".join(f"{x.mean():.3f} ± {x.std():.3f}" for x in found)
             rest = (np.concatenate([column(table, realizable, w, c, n) for w in widths]).mean()
-                    for n in ("std", "nll", "value_error_1"))  # fmt: skip
+                    for n in ("std", "nll", "relative_1"))  # fmt: skip
             lines.append(f"| {realizable} | {c} | {cells} | " + " | ".join(f"{x:.3g}" for x in rest) + " |")
     return "\n".join(lines)
 
 
 def plot(table: list[dict], out: Path) -> None:
-    """Value-aware error against width, mean and deviation over seeds; and the mean σ learned."""
+    """Value-aware error, as a multiple of that of the world's mean, against width: mean and deviation over
+    seeds; and the mean σ learned."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,7 +288,7 @@ def plot(table: list[dict], out: Path) -> None:
     seeds = len({int(row["seed"]) for row in table})
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
     titles = ("realizable", "unrealizable: one layer fewer", "mean σ, realizable")
-    cells = (("yes", "value_error"), ("no", "value_error"), ("yes", "std"))
+    cells = (("yes", "relative"), ("no", "relative"), ("yes", "std"))
     for axes, title, (realizable, name) in zip(panels, titles, cells, strict=True):
         for i, c in enumerate([*SHARES, "truth"]):
             found = [column(table, realizable, w, c, name) for w in widths]
@@ -257,10 +298,13 @@ def plot(table: list[dict], out: Path) -> None:
             axes.errorbar(x, mean, deviation, capsize=2, label=LABELS[c], **style)
         axes.set(title=title, xlabel="hidden units")
         axes.set_xticks(range(len(widths)), [str(w) for w in widths])
-        axes.set_ylim(bottom=0)
+        if name == "std":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.axhline(1, color="grey", lw=0.8, ls=":")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"value-aware error, {seeds} seeds")
+    panels[0].set_ylabel(f"error / error of the world's mean, {seeds} worlds")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=130)
     plt.close(figure)

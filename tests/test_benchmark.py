@@ -167,8 +167,38 @@ def test_published_runs_are_not_run_again(tmp_path):
     place = "docs/results/svg/experiments.suites-pets-Cheetah-v0/sac_svg_h/horizon-0/1.csv"
     assert f"published {ROOT / place}" in out
     assert "published /" not in fresh and fresh.count("new  ") == 14
-    _, longer, _ = benchmark(*flags, "--", "--total-timesteps", 60_000)
-    assert "published /" not in longer  # not as far as asked for
+    _, other, _ = benchmark(*flags, "--", "--learning-starts", 3_000)
+    assert "published /" not in other  # results are of the suite as it is
+
+
+def test_published_means_as_far_and_as_often(tmp_path, monkeypatch):
+    """An export that ends earlier, or was evaluated at other steps, is not the run that is asked for."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    flags = ["--total-timesteps", "4000", "--eval-every", "1000"]
+    (job,) = launch.plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path / "runs"), 1, flags, "mine")
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    path = tmp_path / "docs" / "results" / "mine" / "Pendulum-v1" / "sac" / "default" / "1.csv"
+    path.parent.mkdir(parents=True)
+    cases = ((1000, 4000, path), (1000, 3000, None), (500, 4000, None), (1200, 4800, path))
+    for every, last, expected in cases:
+        rows = "".join(f"{step},0\n" for step in range(0, last + 1, every))
+        path.write_text("step,return_mean\n" + rows)
+        assert launch.published(job) == expected
+
+
+def test_array_of_the_slurm_recipe_has_every_run(tmp_path):
+    """docs/cluster.md: as many array tasks as claims-cpu has lines."""
+    _, out, _ = benchmark("--suite", "claims-cpu", "--runs-dir", tmp_path, "--dry-run")
+    lines = [line for line in out.splitlines() if re.match("(new|resumed|finished|published) ", line)]
+    assert f"#SBATCH --array=1-{len(lines)}\n" in (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_foreign_args_json_is_not_a_run_of_ours(tmp_path):
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    folder = tmp_path / "runs" / "Pendulum-v1__sac__1__20260101-000000-000000"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text("{}")
+    assert launch.find_run(tmp_path / "runs", "sac", {}) is None
 
 
 def test_suites_include_suites(tmp_path):
@@ -240,6 +270,27 @@ def test_log_that_cannot_be_written_fails_one_run(tmp_path):
     code, out, error = benchmark(*flags, "--", *EXTRA)
     assert code == 1 and "2 runs, 1 complete, 1 failed" in out and "Traceback" not in error
     assert "Is a directory" in out + error
+
+
+def test_full_disk_fails_one_run_by_name(tmp_path):
+    """The log of one run lies on a full device: one line names it, the other run is complete."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    runs_dir = tmp_path / "runs"
+    job, _ = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1", "2"], str(runs_dir), 1, EXTRA)
+    job.log.parent.mkdir(parents=True)
+    job.log.symlink_to("/dev/full")
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--runs-dir", runs_dir]
+    code, out, error = benchmark(*flags, "--", *EXTRA)
+    assert code == 1 and "2 runs, 1 complete, 1 failed" in out and "Traceback" not in error
+    assert f"{job.name}: [Errno 28] No space left on device" in out + error
+
+
+def test_runs_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", 1]
+    code, _, error = benchmark(*flags, "--runs-dir", tmp_path / "file" / "runs", "--", *EXTRA)
+    assert code == 2 and len(error.splitlines()) == 1
+    assert error.startswith(f"error: --runs-dir {tmp_path}/file/runs: must be writable")
 
 
 def test_suite_of_ones_own(tmp_path):

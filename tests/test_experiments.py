@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -446,8 +447,12 @@ def test_errors_of_a_drifting_model_compound():
     model.change.mean.fill_(0.1)
     obs = torch.zeros(1, 5, 4, 2) + torch.arange(4.0)[:, None]
     found = module.errors(model, obs, torch.zeros(1, 5, 3, 1))
-    assert [e for e, _ in found] == pytest.approx([0.9, 1.8, 2.7], rel=1e-5)  # the truth moves by 1
-    assert [u for _, u in found] == pytest.approx([0.9] * 3, rel=1e-5)
+    assert [e for e, _, _ in found] == pytest.approx([0.9, 1.8, 2.7], rel=1e-5)  # the truth moves by 1
+    assert [u for _, _, u in found] == pytest.approx([0.9] * 3, rel=1e-5)
+    obs = torch.cat([obs, obs[:, :2] + 100 * (torch.arange(4.0)[:, None] > 0)], 1)  # two of seven far off
+    (error, median, _), *_ = module.errors(model, obs, torch.zeros(1, 7, 3, 1))
+    assert median == pytest.approx(0.9, rel=1e-5)
+    assert error == pytest.approx(((5 * 0.9**2 + 2 * 100.9**2) / 7) ** 0.5, rel=1e-5)
 
 
 ARTIFICIAL = "--widths 8 --seeds 1,2 --transitions 300 --epochs 3 --threads 1".split()
@@ -485,28 +490,57 @@ def test_the_truth_looks_twice_as_bad_with_one_sample():
 
 
 def test_stacked_fits_stop_member_by_member():
-    """A member that has stopped keeps its weights while others go on."""
+    """A member that has stopped leaves the stack with its best weights; the others go on as if it stayed."""
     module, vaml = load("vaml_artificial", ROOT / "experiments" / "vaml_artificial.py"), load("sac_vaml")
     torch.manual_seed(0)
     model = vaml.DeltaGaussian(2, 4, 2, 1, 8)
-    values, data = module.Values(vaml, 2).requires_grad_(False), [torch.randn(2, 50, n) for n in (4, 2, 4)]
-    scores = iter([[3.0, 3.0], *([4.0, 3.0 - 0.1 * k] for k in range(1, 20))])
-    original, seen = module.loss_of, []
+    values, data = module.Values(vaml, 1).requires_grad_(False), [torch.randn(1, 50, n) for n in (4, 2, 4)]
+    scores = iter(
+        [[3.0, 3.0], *([4.0, 3.0 - 0.1 * k] for k in range(1, 6)), *([2 - 0.1 * k] for k in range(20))]
+    )
+    original, seen = module.losses, []
 
-    def loss_of(*args):
+    def losses(*args):
         loss = original(*args)
         if torch.is_grad_enabled():
             return loss
-        seen.append([p.detach().clone() for p in model.parameters()])
+        seen.append([p.detach().clone() for p in args[1].parameters()])
         return torch.tensor(next(scores))
 
-    module.loss_of = loss_of
+    module.losses = losses
     args = type("Args", (), {"epochs": 12, "samples": 2})
-    stopped = module.fit(vaml, model, values, data, torch.tensor([1.0, 0.0]), args, "test")
-    module.loss_of = original
+    owner, shares = torch.zeros(2, dtype=torch.long), torch.tensor([1.0, 0.0])
+    stopped = module.fit(vaml, model, values, data, owner, shares, args, "test")
+    module.losses = original
     assert stopped == [6, 12]  # patience 5 after the first epoch; the other improves to the end
+    assert [len(s[0]) for s in seen] == [2] * 6 + [1] * 6 and model.members == 2
     for parameter, first, last in zip(model.parameters(), seen[0], seen[-1], strict=True):
-        assert torch.equal(parameter[0], first[0]) and torch.equal(parameter[1], last[1])
+        assert torch.equal(parameter[0], first[0]) and torch.equal(parameter[1], last[0])
+
+
+def test_losses_of_a_stack_are_those_of_its_members():
+    """(9) member by member, c = 1, 0.5, 0, at n = 1 000 (noise differs); what weighs 0 is not evaluated."""
+    module, vaml = load("vaml_artificial", ROOT / "experiments" / "vaml_artificial.py"), load("sac_vaml")
+    torch.manual_seed(0)
+    model, values = vaml.DeltaGaussian(3, 4, 2, 1, 8), module.Values(vaml, 3)
+    batch = [torch.randn(3, 20, n) for n in (4, 2, 4)]
+    value, shares = values(batch[2]), torch.tensor([1.0, 0.5, 0.0])
+    judges = module.chosen(values, torch.tensor([1, 2]))
+    with torch.no_grad():
+        found = module.losses(vaml, model, judges, [*batch, value], shares, 4_000)
+        mean, log_std = model(*batch[:2])
+        likely = vaml.likelihood_loss(batch[2] - batch[0], mean, log_std, model.varying)
+        drawn = values(model.draw(*batch[:2], 4_000))
+        aware = vaml.value_aware_loss(value, drawn)
+        assert torch.allclose(found, shares * likely + (1 - shares) * aware, rtol=5e-2)
+        assert torch.allclose(found[0], likely[0])
+        broken = types.SimpleNamespace(likelihood_loss=None, value_aware_loss=vaml.value_aware_loss)
+        zero = torch.zeros(3)
+        assert torch.allclose(
+            module.losses(broken, model, values, [*batch, value], zero, 4_000), aware, rtol=5e-2
+        )
+        broken = types.SimpleNamespace(likelihood_loss=vaml.likelihood_loss, value_aware_loss=None)
+        assert torch.equal(module.losses(broken, model, None, [*batch, value], torch.ones(3), 4_000), likely)
 
 
 FROZEN = (

@@ -19,7 +19,7 @@ else learned with the model, as is the change of the state, both in deviations o
     L_f = mean ((f(s, a) − (s' − s)) / σ)²                                                   (7)
 
     python algos/ddpg_mve.py --horizon 3
-    python algos/ddpg_mve.py --horizon 5 --env-id experiments.suites:mve/HalfCheetah-v0 --hidden 64
+    python algos/ddpg_mve.py --preset paper --env-id experiments.suites:mve/HalfCheetah-v0
     python algos/ddpg_mve.py --resume runs/<run>     # goes on where it stopped, in the same bits
 """
 
@@ -168,6 +168,8 @@ class DDPG:
 class ModelExpansion:
     """Value expansion with a learned model."""
 
+    preset: Literal["laptop", "paper"] = "laptop"
+    """paper: networks, exploration, step sizes and updates of Feinberg et al. 2018; any flag overrides it."""
     horizon: Natural = 3
     """Imagined steps H of the critic's target; 0 is ddpg.py (Feinberg et al. 2018: 10, Walker2d 3)."""
     tdk: bool = True
@@ -194,12 +196,27 @@ class ModelExpansion:
     """Steps between measurements of the model on held-out episodes; a multiple of log_every (ours)."""
 
 
+SETTINGS_OF_PAPER = {
+    "horizon": 10, "hidden": 64, "layer_norm": True, "exploration": "parameter", "exploration_noise": 0.4,
+    "actor_lr": 1e-3, "critic_lr": 1e-3, "tau": 0.01, "batch_size": 64, "updates_per_step": 4,
+    "model_updates": 4, "normalize_every": 100,
+}  # fmt: skip
+
+
 @dataclass
 class Args(Run, DDPG, ModelExpansion):
     def __post_init__(self) -> None:
         Run.__post_init__(self)
         logged = self.diagnose_every % self.log_every == 0
         require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
+
+    @classmethod
+    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
+        """The dataclass's defaults, then the preset's that argv names."""
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        peek.add_argument("--preset", nargs="?", default=cls.preset)
+        paper = peek.parse_known_args(argv)[0].preset == "paper"
+        return dataclasses.asdict(cls()) | (SETTINGS_OF_PAPER if paper else {})
 
 
 class StackedLinear(nn.Module):
@@ -346,12 +363,21 @@ def deterministic_actor_loss(q: Tensor) -> Tensor:
     return -q.mean()
 
 
+def glorot(module: nn.Module) -> None:
+    """Weights U(±√(6 / (inputs + outputs))), biases 0 (Plappert et al. 2018)."""
+    for layer in module.layers:
+        bound = math.sqrt(6 / sum(layer.weight.shape[1:]))
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+
+
 class DeltaModel(StackedMLP):
     """s' − s and r from (s, a): one network, inputs and outputs in deviations of the replay."""
 
     def __init__(self, obs_dim: int, action_dim: int, layers: int, hidden: int):
         sizes = [obs_dim + action_dim, *[hidden] * layers, obs_dim + 1]
         super().__init__(1, sizes, layer_norm=False)
+        glorot(self)
         for name, width in (("input", obs_dim), ("output", obs_dim + 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))

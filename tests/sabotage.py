@@ -146,7 +146,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("min: mean over critics", "value = self.critic_target(seen, action).amin(0)", "value = self.critic_target(seen, action).mean(0)", MIN),
     ("min: horizons discounted alike", "total + gamma ** (h + 1) * values[:, h]", "total + gamma * values[:, h]", MIN),
     ("min: rewards undiscounted", "total + gamma**h * rewards[:, h - 1]", "total + rewards[:, h - 1]", MIN),
-    ("min: not within reach", "-1 / (1 - gamma) if gamma < 1 else -math.inf, 0)", "-math.inf, math.inf)", MIN),
+    ("min: not within reach", "-1 / (1 - gamma) if bounded else -math.inf, 0)", "-math.inf, math.inf)", MIN),
     ("min: minimum before the mean", "means = targets.mean(0)", "means = targets.amin(0)", MIN),
     ("min: maximum over horizons", '"min": means.amin(0)', '"min": means.amax(0)', MIN),
     ("min: one-step inputs in the loss", "x = self(x, action[:, :, k])", "x = self(obs[:, :, k], action[:, :, k])", MIN),

@@ -338,3 +338,21 @@ def test_rollouts_follow_the_slow_actor_and_the_model():
             next_obs, reward = agent.foresee(found.obs[t], found.action[t])
             assert torch.equal(found.obs[t + 1], next_obs) and torch.equal(found.reward[t], reward)
     assert len(found.obs) == len(found.action) == 4 and not torch.stack(found.done).any()
+
+
+def test_preset_of_the_paper():
+    """Feinberg et al. 2018, section 4 and released code; what is typed counts more."""
+    paper = mve.parse(["--preset", "paper", "--tau", "0.02", "--model-updates", "1"])
+    assert (paper.horizon, paper.hidden, paper.layer_norm, paper.batch_size) == (10, 64, True, 64)
+    assert (paper.exploration, paper.exploration_noise) == ("parameter", 0.4)
+    assert (paper.actor_lr, paper.critic_lr, paper.tau) == (1e-3, 1e-3, 0.02)
+    assert (paper.updates_per_step, paper.model_updates, paper.normalize_every) == (4, 1, 100)
+    assert mve.parse([]).hidden == 256 and mve.parse(["--preset=paper"]).tau == 0.01
+
+
+def test_signal_survives_eight_layers():
+    """Glorot's weights, biases 0: outputs of a new model vary by 0.01 and more (by 0.0002 with PyTorch's)."""
+    torch.manual_seed(0)
+    model = mve.DeltaModel(17, 6, 8, 128)
+    found = model(torch.randn(1000, 17), 2 * torch.rand(1000, 6) - 1)
+    assert found.std(0).mean() > 0.01 and all((layer.bias == 0).all() for layer in model.layers)

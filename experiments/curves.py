@@ -2,10 +2,13 @@
 
     python experiments/curves.py export runs docs/results/foundation     # eval.csv of every complete run
     python experiments/curves.py plot docs/results/foundation/Hopper-v5 --out docs/figures/hopper.png
+    python experiments/curves.py scalars runs --tags model/nll --csv nll.csv --figure nll.png
 
 Exported files lie at <folder>/<task>/<algorithm>/<settings>/<seed>.csv, settings being `default` or the
 flags that differ from the file's defaults and matter for learning. The line is the mean over seeds, the band
-reaches from the lowest to the highest; nothing is smoothed, no seed left out. Figures: the extra `bench`.
+reaches from the lowest to the highest; nothing is smoothed, no seed left out. `scalars` collects what
+TensorBoard shows of complete runs in one table: env_id, algo, settings, seed, step and the tags. Figures: the
+extra `bench`.
 """
 
 import argparse
@@ -125,6 +128,65 @@ def plot(methods: dict, title: str, out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
+def scalars(runs: Path, tags: list[str], every: int) -> list[dict]:
+    """The tags of every complete run below `runs` that has them all, at multiples of `every` steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = []
+    for folder in sorted(path.parent for path in runs.glob("[!.]*/args.json")):
+        env_id, algo, seed, _ = folder.name.rsplit("__", 3)
+        settings = settings_of(folder, algo)
+        if settings is None:
+            continue
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        if not set(tags) <= set(events.Tags()["scalars"]):
+            continue
+        found = [{event.step: event.value for event in events.Scalars(tag)} for tag in tags]
+        for step in sorted(set.intersection(*map(set, found))):
+            if step % every == 0:
+                run = {"env_id": env_id, "algo": algo, "settings": settings, "seed": seed, "step": step}
+                values = [values[step] for values in found]
+                rows.append(run | dict(zip(tags, values, strict=True)))
+    return rows
+
+
+def plot_scalars(rows: list[dict], tags: list[str], out: Path) -> None:
+    """A line of panels per task, a panel per tag: mean over seeds, band from the lowest to the highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["env_id"] for row in rows))
+    size = {"figsize": (4 * len(tags), 3 * len(tasks)), "squeeze": False, "layout": "constrained"}
+    figure, grid = plt.subplots(len(tasks), len(tags), **size)
+    for line, task in zip(grid, tasks, strict=True):
+        mine = [row for row in rows if row["env_id"] == task]
+        methods = list(dict.fromkeys((row["algo"], row["settings"]) for row in mine))
+        for axes, tag in zip(line, tags, strict=True):
+            for (algo, settings), colour in zip(methods, itertools.cycle(COLOURS), strict=False):
+                runs: dict[str, dict[int, float]] = {}
+                for row in mine:
+                    if (row["algo"], row["settings"]) == (algo, settings):
+                        runs.setdefault(row["seed"], {})[row["step"]] = row[tag]
+                steps = sorted(set.intersection(*map(set, runs.values())))
+                values = [[run[step] for run in runs.values()] for step in steps]
+                label = f"{algo}, {settings.replace('__', ', ').replace('-', ' ')} ({len(runs)} seeds)"
+                axes.plot(steps, [statistics.mean(v) for v in values], color=colour, label=label)
+                ends = [min(v) for v in values], [max(v) for v in values]
+                axes.fill_between(steps, *ends, color=colour, alpha=0.15, lw=0)
+            axes.set(title=f"{task}: {tag}", xlabel="environment steps")
+            if min(row[tag] for row in mine) > 0:
+                axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].legend(frameon=False, fontsize=6)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,7 +198,28 @@ def main() -> int:
     draw = commands.add_parser("plot")
     draw.add_argument("folder", type=Path)
     draw.add_argument("--out", type=Path, help="picture to write; without it only the table is printed")
+    collect = commands.add_parser("scalars")
+    collect.add_argument("runs", type=Path)
+    collect.add_argument("--tags", type=lambda text: text.split(","), required=True, help="a,b,..")
+    collect.add_argument("--every", type=int, default=500, help="steps between rows (default: 500)")
+    collect.add_argument("--csv", type=Path, required=True, help="table to write")
+    collect.add_argument("--figure", type=Path, help="picture to write")
     args = parser.parse_args()
+    if args.command == "scalars":
+        rows = scalars(args.runs, args.tags, args.every) if args.every > 0 else []
+        if not rows:
+            where = f"{args.runs}, --every {args.every}"
+            print(f"error: {where}: must have complete runs with {', '.join(args.tags)}", file=sys.stderr)
+            return 2
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        if args.figure:
+            plot_scalars(rows, args.tags, args.figure)
+        print(f"{len(rows)} rows in {args.csv}")
+        return 0
     if args.command == "export":
         print(f"{export(args.runs, args.target)} runs exported to {args.target}")
         return 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, load, run
+from tests.conftest import ROOT, load, run, scalars
 from tests.tasks import RHO, A, B, Q
 from tests.test_math import GAMMA, K, exact_critic, make_agent
 
@@ -411,6 +411,25 @@ def test_settings_with_a_slash_are_one_folder(tmp_path):
     folder = next((tmp_path / "out").iterdir())
     done = subprocess.run([*command, "plot", folder], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "sac_svg_h" in done.stdout
+
+
+def test_scalars_of_runs_are_a_table(tmp_path):
+    """Values are TensorBoard's; runs that are not complete, or have no such tag, are left out."""
+    first = run("sac_vaml", tmp_path / "runs")
+    run("sac_vaml", tmp_path / "runs", "--seed", 2, "--model-loss", "mle")
+    (run("sac_vaml", tmp_path / "runs", "--seed", 3) / "final.pt").unlink()
+    run("sac", tmp_path / "runs")
+    flags = ["scalars", tmp_path / "runs", "--csv", tmp_path / "a" / "x.csv", "--every", 1]
+    tags = ["--tags", "model/nll,model/std", "--figure", tmp_path / "x.png"]
+    done = experiment("curves", *flags, *tags)
+    assert done.returncode == 0, done.stderr
+    rows, seen = rows_of(tmp_path / "a" / "x.csv"), scalars(first)
+    assert {r["seed"] for r in rows} == {"1", "2"} and any("model_loss-mle" in r["settings"] for r in rows)
+    mine = [(int(r["step"]), float(r["model/nll"])) for r in rows if r["seed"] == "1"]
+    assert mine == [(event.step, event.value) for event in seen["model/nll"]]
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+    done = experiment("curves", *flags, "--tags", "model/none")
+    assert done.returncode == 2 and done.stderr.endswith("must have complete runs with model/none\n")
 
 
 def rows_of(path) -> list[dict]:

@@ -35,7 +35,7 @@ seeds (Wilson), and by no fewer than five seeds; a claim holds if all its cases 
 corrected for their number. Unless a case says otherwise its numbers are areas under learning curves: mean
 return over the steps."""
 SUMMARY = re.compile(r"^\d+ claims: .*$", re.M)
-CLAIM = {"id", "paper", "source", "statement", "suite", "note", "cases"}
+CLAIM = {"id", "paper", "source", "statement", "suite", "note", "figure", "cases"}
 CASE = {"about", "metric", "terms", "expect", "margin", "share", "level", "before"}
 CASE |= {"value", "replicate", "never", "than"}
 
@@ -200,6 +200,8 @@ def page(papers: dict[str, str], claims: list[dict], results: Path) -> str:
                 continue
             cells = [claim["id"], f"{claim['statement']} ({claim['source']})"]
             text = "; ".join(wrote(finding) for finding in findings)
+            figure = f"([figure](figures/{claim['figure']}))" if claim.get("figure") else ""
+            text = f"{text} {figure}".strip()
             cells += [". ".join(part for part in (text, claim.get("note", "")) if part)]
             cells += [f"**{overall(findings)}**", f"`{claim['suite']}`" if claim.get("suite") else ""]
             lines.append("| " + " | ".join(cells) + " |")

@@ -312,6 +312,18 @@ def test_mbpo_speed_prints_updates_and_floor():
         assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_vaml_speed_prints_ratios():
+    done = experiment("vaml_speed", "--threads", 1, "--samples", 1, 2, "--rounds", 1, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    for line, samples in zip(done.stdout.splitlines()[1:], (1, 2), strict=True):
+        _, n, mle, *rest = map(float, line.split())
+        assert n == samples and all(x > 0 for x in rest)
+        for cost, ratio in zip(rest[::2], rest[1::2], strict=True):
+            assert ratio == pytest.approx(cost / mle, rel=0.05, abs=0.02)
+    done = experiment("vaml_speed", "--samples", 0)
+    assert done.returncode == 2 and done.stderr == "error: --samples 0: must be at least 1\n"
+
+
 def test_oracle_speed_prints_a_ratio():
     done = experiment("oracle_speed", "--env-ids", "Hopper-v5", "--threads", 1, "--rounds", 2, "--batch", 8)
     assert done.returncode == 0, done.stderr

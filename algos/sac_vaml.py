@@ -487,7 +487,7 @@ class Agent:
     """SAC whose critics learn at states drawn from a one-step model."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        self.args, self.device = args, device
+        self.args, self.action_dim, self.device = args, action_dim, device
         self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
         self.actor = Actor(obs_dim, action_dim, args.hidden).to(device)
         self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
@@ -585,27 +585,43 @@ class Agent:
         return value.view(obs.shape[:-1])
 
     def model_loss(
-        self, batch: Batch, share: float, samples: int, first_epoch: bool, slope: Tensor | None = None
+        self, batch: Batch, share: float, samples: int, first_epoch: bool, fixed: Tensor | None = None
     ) -> Tensor:
-        """(9) with c = share, or (8c) with slopes [B, n]; the gradient reaches ψ through V and the policy's
-        action, and no other weight."""
+        """(9) with c = share, or (8c); the gradient reaches ψ through V and the policy's action, and no other
+        weight. fixed: the batch's rows of `once_per_fit`, without which ξ and V(s') of (8a) are new."""
         kind, obs, action = self.args.model_loss, batch.obs[None], batch.action[None]
         delta, loss = (batch.next_obs - batch.obs)[None], torch.zeros((), device=self.device)
         if share > 0 or kind == "vagram":
             mean, log_std = self.model(obs, action)
         if kind == "vagram":
-            loss = gradient_aware_loss(delta - mean, slope)[0]  # (8c)
+            loss = gradient_aware_loss(delta - mean, fixed)[0]  # (8c)
             return loss + (delta - mean).square().sum(2).mean() if first_epoch else loss
         if share > 0:
             loss = share * likelihood_loss(delta, mean, log_std, self.model.varying)[0]  # (7)
         if share < 1:
-            noise = torch.randn_like(batch.action)
             aware = unbiased_value_aware_loss if kind == "vaml-unbiased" else value_aware_loss
+            if fixed is None or fixed.shape[1] == 0:
+                fixed = self.valued(batch.next_obs)
+            noise, value = fixed[:, :-1], fixed[:, -1]
             with constant(self.actor):
-                value = self.soft_value(batch.next_obs, noise).detach()
                 imagined = self.soft_value(self.model.draw(obs, action, samples), noise)
             loss = loss + (1 - share) * aware(value[None], imagined)[0]  # (8a, 8b, 9)
         return loss
+
+    @torch.no_grad()
+    def valued(self, obs: Tensor) -> Tensor:
+        """New noise ξ of the policy and V(s) with it: [N, n] -> [N, m + 1]."""
+        noise = torch.randn(len(obs), self.action_dim, device=self.device)
+        parts = zip(obs.split(4096), noise.split(4096), strict=True)
+        return torch.cat([noise, torch.cat([self.soft_value(*part) for part in parts])[:, None]], 1)
+
+    def once_per_fit(self, obs: Tensor, share: float, most: float) -> Tensor:
+        """What of the loss does not depend on the model, at all s' of the replay [N, n]: slopes [N, n] for
+        vagram; ξ and V(s') [N, m + 1] for value-aware losses, unless `most` steps see fewer rows than N."""
+        if self.args.model_loss == "vagram":
+            return self.value_slopes(obs)
+        worth_it = share < 1 and len(obs) <= most * self.args.model_batch
+        return self.valued(obs) if worth_it else obs[:, :0]
 
     def value_slopes(self, obs: Tensor) -> Tensor:
         """∂V/∂s of the mean over critics at obs [N, n] -> [N, n], norms cut at their 0.95 quantile."""
@@ -644,13 +660,11 @@ class Agent:
         held, train = order[:count], order[count:]
         n, rows = len(self.model.varying), buffer.rows[: buffer.size]
         self.model.varying.copy_((rows[:, -1 - n : -1] != rows[:, :n]).any(0))
-        slopes = torch.zeros(buffer.size, 0, device=self.device)
-        if args.model_loss == "vagram":  # those of this V, once per fit
-            slopes = self.value_slopes(rows[:, -1 - n : -1])
+        fixed = self.once_per_fit(rows[:, -1 - n : -1], share, most)
         taken, best, bad, kept = 0, math.inf, 0, copy.deepcopy(self.model.state_dict())
         for epoch in range(epochs):
             for at in train[torch.randperm(len(train), device=self.device)].split(args.model_batch):
-                loss = self.model_loss(buffer[at], share, args.samples, first and epoch == 0, slopes[at])
+                loss = self.model_loss(buffer[at], share, args.samples, first and epoch == 0, fixed[at])
                 self.model_optimizer.zero_grad()
                 loss.backward()
                 self.model_optimizer.step()
@@ -658,7 +672,7 @@ class Agent:
                 if taken == most:
                     break
             with torch.no_grad():
-                score = float(self.model_loss(buffer[held], share, max(8, args.samples), False, slopes[held]))
+                score = float(self.model_loss(buffer[held], share, max(8, args.samples), False, fixed[held]))
             better = score < best
             if better:
                 best, kept = score, copy.deepcopy(self.model.state_dict())

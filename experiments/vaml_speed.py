@@ -2,8 +2,9 @@
 
     python experiments/vaml_speed.py --threads 1 2 --samples 1 8
 
-Medians of alternating rounds in milliseconds: loss, gradients and Adam on a minibatch of a random replay; for
-vagram the slopes, found once per fit, are not counted. `ratio` is the cost in multiples of likelihood's.
+Medians of alternating rounds in milliseconds: loss, gradients and Adam on a minibatch of a random replay.
+What is found once per fit (slopes for vagram, V(s') for value-aware losses) is not counted. `ratio` is the
+cost in multiples of likelihood's.
 """
 
 import argparse
@@ -30,11 +31,11 @@ def measure(env_id: str, threads: int, samples: int, rounds: int, repeats: int) 
     for name, share in SHARES.items():
         flags = ["--env-id", env_id, "--device", "cpu", "--model-loss", name]
         agent, buffer = filled(vaml, vaml.parse(flags), 1_000)
-        slopes = agent.value_slopes(buffer[torch.arange(1_000)].next_obs)
+        fixed = agent.once_per_fit(buffer[torch.arange(1_000)].next_obs, share, 1e9)
 
-        def step(agent=agent, buffer=buffer, share=share, slopes=slopes) -> None:
+        def step(agent=agent, buffer=buffer, share=share, fixed=fixed) -> None:
             at = torch.randint(1_000, (agent.args.model_batch,))
-            loss = agent.model_loss(buffer[at], share, samples, False, slopes[at])
+            loss = agent.model_loss(buffer[at], share, samples, False, fixed[at])
             agent.model_optimizer.zero_grad()
             loss.backward()
             agent.model_optimizer.step()

@@ -233,6 +233,32 @@ def test_pure_value_awareness_never_looks_at_the_likelihood(monkeypatch):
         make_agent(model_loss="reg-vaml").model_loss(batch, 0.5, 1, False)
 
 
+@pytest.mark.parametrize("kind", ["vaml", "reg-vaml", "vaml-unbiased"])
+def test_values_found_once_per_fit_are_those_of_the_minibatch(kind):
+    """Same generator: ξ and V(s') beforehand or in the loss, to the bit; rows keep their own."""
+    agent = make_agent(model_loss=kind)
+    batch = filled_buffer(vaml)[torch.arange(10)]
+    torch.manual_seed(3)
+    inside = agent.model_loss(batch, 0.5, 2, False)
+    torch.manual_seed(3)
+    fixed = agent.once_per_fit(batch.next_obs, 0.5, math.inf)
+    assert torch.equal(agent.model_loss(batch, 0.5, 2, False, fixed), inside)
+    assert fixed.shape == (10, batch.action.shape[1] + 1) and not fixed.requires_grad
+    some = torch.tensor([7, 2])
+    again = agent.soft_value(batch.next_obs[some], fixed[some, :-1])
+    assert torch.allclose(again, fixed[some, -1], atol=1e-6)
+
+
+def test_what_is_found_once_per_fit():
+    """Nothing for likelihood; nothing if the fit sees fewer rows than there are; slopes for vagram."""
+    obs = torch.randn(30, 3)
+    found = lambda kind, share, most: (  # noqa: E731
+        make_agent(3, 2, model_loss=kind, model_batch=10).once_per_fit(obs, share, most).shape
+    )
+    assert found("mle", 1.0, math.inf) == (30, 0) and found("vagram", 0.0, 1) == (30, 3)
+    assert found("reg-vaml", 0.001, 3) == (30, 3) and found("reg-vaml", 0.001, 2) == (30, 0)
+
+
 def test_combined_loss_is_the_weighted_sum():
     agent = make_agent(model_loss="reg-vaml")
     batch = filled_buffer(vaml)[torch.arange(10)]

@@ -239,8 +239,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """With `frozen` the weights are constants: the gradient flows to x alone."""
-        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        """With `frozen` the weights, of as many members as x has, are constants: only x gets a gradient."""
+        weight, bias = self.weight, self.bias
+        if frozen:
+            weight, bias = weight.detach()[: len(x)], bias.detach()[: len(x)]
         if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
             return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -255,7 +257,9 @@ class StackedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, width))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        gain, bias = (self.gain.detach(), self.bias.detach()) if frozen else (self.gain, self.bias)
+        gain, bias = self.gain, self.bias
+        if frozen:
+            gain, bias = gain.detach()[: len(x)], bias.detach()[: len(x)]
         return F.layer_norm(x, x.shape[2:]) * gain + bias
 
 
@@ -269,9 +273,9 @@ class StackedMLP(nn.Module):
         widths = sizes[1:-1] if layer_norm else []
         self.norms = nn.ModuleList(StackedLayerNorm(members, width) for width in widths)
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """With `frozen` the weights are constants: the gradient flows to x alone."""
-        x = x.expand(self.members, -1, -1)
+    def forward(self, x: Tensor, frozen: bool = False, members: int | None = None) -> Tensor:
+        """With `frozen` the weights, of all or the first `members`, are constants: only x gets a gradient."""
+        x = x.expand(members if frozen and members else self.members, -1, -1)
         for i, layer in enumerate(self.layers[:-1]):
             x = layer(x, frozen)
             x = self.norms[i](x, frozen).relu() if self.norms else x.relu_()
@@ -281,8 +285,10 @@ class StackedMLP(nn.Module):
 class QFunctions(StackedMLP):
     """Action values: obs [B, n], action [B, m] -> [members, B]."""
 
-    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
-        return super().forward(torch.cat([obs, action], 1), frozen).squeeze(2)
+    def forward(
+        self, obs: Tensor, action: Tensor, frozen: bool = False, members: int | None = None
+    ) -> Tensor:
+        return super().forward(torch.cat([obs, action], 1), frozen, members).squeeze(2)
 
 
 class DeterministicActor(StackedMLP):
@@ -675,7 +681,8 @@ class Agent:
             q = self.critic(seen, batch.action)
             critic_loss = value_loss(q, target)  # (3)
             action = self.actor(seen)
-            actor_loss = deterministic_actor_loss(self.critic(seen, action, frozen=True)[0])
+            q_actor = self.critic(seen, action, frozen=True, members=1)[0]
+            actor_loss = deterministic_actor_loss(q_actor)
             actor_loss = actor_loss + args.action_l2 * action.square().mean()  # (4)
 
             self.optimizer.zero_grad()

@@ -173,8 +173,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """With `frozen` the weights are constants: the gradient flows to x alone."""
-        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        """With `frozen` the weights, of as many members as x has, are constants: only x gets a gradient."""
+        weight, bias = self.weight, self.bias
+        if frozen:
+            weight, bias = weight.detach()[: len(x)], bias.detach()[: len(x)]
         if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
             return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)

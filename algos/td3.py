@@ -177,8 +177,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """With `frozen` the weights are constants: the gradient flows to x alone."""
-        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        """With `frozen` the weights, of as many members as x has, are constants: only x gets a gradient."""
+        weight, bias = self.weight, self.bias
+        if frozen:
+            weight, bias = weight.detach()[: len(x)], bias.detach()[: len(x)]
         if weight.shape[2] == 1:  # one column: product and sum beat a matrix product
             return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -193,7 +195,9 @@ class StackedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, width))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        gain, bias = (self.gain.detach(), self.bias.detach()) if frozen else (self.gain, self.bias)
+        gain, bias = self.gain, self.bias
+        if frozen:
+            gain, bias = gain.detach()[: len(x)], bias.detach()[: len(x)]
         return F.layer_norm(x, x.shape[2:]) * gain + bias
 
 
@@ -207,9 +211,9 @@ class StackedMLP(nn.Module):
         widths = sizes[1:-1] if layer_norm else []
         self.norms = nn.ModuleList(StackedLayerNorm(members, width) for width in widths)
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """With `frozen` the weights are constants: the gradient flows to x alone."""
-        x = x.expand(self.members, -1, -1)
+    def forward(self, x: Tensor, frozen: bool = False, members: int | None = None) -> Tensor:
+        """With `frozen` the weights, of all or the first `members`, are constants: only x gets a gradient."""
+        x = x.expand(members if frozen and members else self.members, -1, -1)
         for i, layer in enumerate(self.layers[:-1]):
             x = layer(x, frozen)
             x = self.norms[i](x, frozen).relu() if self.norms else x.relu_()
@@ -219,8 +223,10 @@ class StackedMLP(nn.Module):
 class QFunctions(StackedMLP):
     """Action values: obs [B, n], action [B, m] -> [members, B]."""
 
-    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
-        return super().forward(torch.cat([obs, action], 1), frozen).squeeze(2)
+    def forward(
+        self, obs: Tensor, action: Tensor, frozen: bool = False, members: int | None = None
+    ) -> Tensor:
+        return super().forward(torch.cat([obs, action], 1), frozen, members).squeeze(2)
 
 
 class DeterministicActor(StackedMLP):
@@ -356,7 +362,8 @@ class Agent:
 
         if (step - args.learning_starts) % args.policy_delay == 0:  # counted in updates: one per step
             action = self.actor(batch.obs)
-            actor_loss = deterministic_actor_loss(self.critic(batch.obs, action, frozen=True)[0])  # (3)
+            q_actor = self.critic(batch.obs, action, frozen=True, members=1)[0]
+            actor_loss = deterministic_actor_loss(q_actor)  # (3)
             self.actor_optimizer.zero_grad()
             actor_loss.backward()
             self.actor_optimizer.step()

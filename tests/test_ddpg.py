@@ -340,6 +340,20 @@ def test_rollouts_follow_the_slow_actor_and_the_model():
     assert len(found.obs) == len(found.action) == 4 and not torch.stack(found.done).any()
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_first_critic_alone_is_the_first_of_two(layer_norm):
+    """members=1: value and gradient with respect to the action as with both; none to the weights."""
+    critic = td3.QFunctions(2, [5, 8, 8, 1], layer_norm=layer_norm)
+    obs, action = torch.randn(6, 3), torch.randn(6, 2, requires_grad=True)
+    both, one = critic(obs, action, frozen=True)[0], critic(obs, action, frozen=True, members=1)
+    assert one.shape == (1, 6) and torch.allclose(one[0], both, atol=1e-6)
+    wanted, found = (torch.autograd.grad(q.square().sum(), action)[0] for q in (both, one))
+    assert torch.allclose(wanted, found, atol=1e-6) and wanted.abs().sum() > 0
+    one = critic(obs, action, frozen=True, members=1)
+    one.sum().backward()
+    assert all(parameter.grad is None for parameter in critic.parameters())
+
+
 def test_preset_of_the_paper():
     """Feinberg et al. 2018, section 4 and released code; what is typed counts more."""
     paper = mve.parse(["--preset", "paper", "--tau", "0.02", "--model-updates", "1"])

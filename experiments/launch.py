@@ -171,10 +171,8 @@ def published(job: Job) -> Path | None:
 
     steps = read_curve(path, job.suite, "", "", path.stem).steps
     every = job.wanted["eval_every"]
-    as_often = (
-        len(steps) > 1 and abs(steps[1] - steps[0] - every) < 0.4 * every
-    )  # whole episodes may be longer
-    return path if steps[-1] >= job.steps and as_often else None
+    first = steps[1] if len(steps) > 1 else 0  # later than `every` where whole episodes are played
+    return path if steps[-1] >= job.steps and abs(first - every) < 0.4 * every else None
 
 
 @functools.cache

@@ -306,19 +306,22 @@ def plot_horizons(task: str, found: dict[str, dict[int, list[float]]], out: Path
 
 
 def plot_profile(tasks: list[str], found: dict[str, list[np.ndarray]], out: Path) -> None:
-    """Share of runs above each normalised score, with its 95 % interval by the stratified bootstrap."""
+    """Share of runs above each normalised score; from five seeds on with its 95 % interval by the stratified
+    bootstrap."""
     import matplotlib.pyplot as plt
-    from stats import LEVEL, RESAMPLES, profile
+    from stats import FEWEST, LEVEL, RESAMPLES, profile
 
     lows, tops = zip(*((t.min(), t.max()) for group in found.values() for t in group), strict=True)
     levels = np.linspace(min(0.0, *lows), max(1.0, *tops), 101)
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     generator = np.random.default_rng(0)
     for (method, group), (colour, line) in zip(found.items(), styles(), strict=False):
-        drawn = [profile([generator.choice(t, len(t)) for t in group], levels) for _ in range(RESAMPLES // 4)]
-        low, high = np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
         label = f"{method} ({sum(map(len, group))} runs)"
         axes.plot(levels, profile(group, levels), line, color=colour, label=label)
+        if min(map(len, group)) < FEWEST:
+            continue
+        drawn = [profile([generator.choice(t, len(t)) for t in group], levels) for _ in range(RESAMPLES // 4)]
+        low, high = np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
         axes.fill_between(levels, low, high, color=colour, alpha=0.15, lw=0)
     title = f"{len(tasks)} task{'s' * (len(tasks) > 1)}: share of runs above a score, 95 % interval"
     axes.set(title=title, xlabel="normalised final return", ylabel="share of runs", ylim=(0, 1.02))
@@ -354,10 +357,7 @@ def write_report(
         )
     counted = sum(len(found) for methods in groups.values() for found in methods.values())
     if counted < len(curves):
-        page += [
-            f"{len(curves) - counted} runs are left out: others of the same settings and seed count.",
-            "",
-        ]
+        page += [f"Left out, for another run of the same settings and seed: {len(curves) - counted}.", ""]
     for suite in dict.fromkeys(suite for suite, _ in groups):
         page += [f"## {suite}", ""]
         for task in (task for name, task in groups if name == suite):

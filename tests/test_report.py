@@ -185,7 +185,7 @@ def test_the_longer_of_two_runs_counts_and_the_page_says_so(tmp_path):
         ((counted,),) = report.grouped(curves)["s", "t"].values()
         assert (counted.values["return_mean"] == kept.values["return_mean"]).all()
         text = report.write_report(curves, tmp_path, pictures=False)
-        assert "1 runs are left out: others of the same settings and seed count." in text
+        assert "Left out, for another run of the same settings and seed: 1." in text
 
 
 def test_page_names_what_is_missing(tmp_path):

@@ -61,8 +61,11 @@ class Job:
 
 @functools.cache
 def load(algo: str):
-    """algos/<algo>.py as a module, loaded once."""
-    spec = importlib.util.spec_from_file_location(algo, ROOT / "algos" / f"{algo}.py")
+    """algos/<algo>.py as a module, loaded once, by whomever."""
+    path = ROOT / "algos" / f"{algo}.py"
+    if getattr(sys.modules.get(algo), "__file__", None) == str(path):
+        return sys.modules[algo]
+    spec = importlib.util.spec_from_file_location(algo, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[algo] = module
     spec.loader.exec_module(module)

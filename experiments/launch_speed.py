@@ -1,13 +1,13 @@
 """What the launcher costs, what a second worker gains, and how long a report over many runs takes.
 
     python experiments/launch_speed.py              # about four minutes on two idle cores
-    python experiments/launch_speed.py --steps 300 --rounds 1 --runs 50
+    python experiments/launch_speed.py --steps 300 --rounds 1 --jobs 2 --runs 50
 
-Throughput: the same four runs of sac.py on one thread each, with one worker and with two, in alternating
-rounds; the ratio of the medians. Overhead: wall time of the one-worker rounds beyond that of the runs
-themselves, and the launcher's own processor time while they run, as shares of the runs' time; what it takes
-to start and to plan is given in seconds. Report: tables and pictures of --runs synthetic runs of 200
-evaluations, ten methods on ten tasks. Extra `bench`.
+Throughput: the same runs of sac.py, one thread each, with one worker and with two, in alternating rounds; the
+ratio of the medians. Overhead: wall time of the one-worker rounds beyond that of the runs themselves, and the
+launcher's own processor time while they run, as shares of the runs' time; what it takes to start and to plan
+is given in seconds. Report: tables and pictures of --runs synthetic runs of 200 evaluations, ten methods on
+ten tasks. Extra `bench`.
 """
 
 import argparse
@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 
-def round_of(folder: Path, workers: int, steps: int) -> dict[str, float]:
-    """Four runs from nothing: seconds of planning, of all, of the runs, of the launcher's processor."""
+def round_of(folder: Path, workers: int, steps: int, count: int) -> dict[str, float]:
+    """`count` runs from nothing: seconds of planning, of all, of the runs, of the launcher's processor."""
     from launch import execute, plan
 
     flags = ["--total-timesteps", str(steps), "--learning-starts", "256", "--eval-every", str(steps)]
     begun = time.perf_counter()
-    jobs = plan(["sac"], ["Pendulum-v1"], ["1", "2", "3", "4"], str(folder), 1, flags)
+    jobs = plan(["sac"], ["Pendulum-v1"], [str(seed) for seed in range(1, count + 1)], str(folder), 1, flags)
     planned = time.perf_counter()
     (folder / "logs").mkdir(parents=True)
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -68,9 +68,10 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=2_000, help="of each run (default: 2000)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--jobs", type=int, default=4, help="runs in a round (default: 4)")
     parser.add_argument("--runs", type=int, default=1_000, help="in the report (default: 1000)")
     args = parser.parse_args()
-    for name, least in (("steps", 257), ("rounds", 1), ("runs", 1)):
+    for name, least in (("steps", 257), ("rounds", 1), ("jobs", 1), ("runs", 1)):
         if getattr(args, name) < least:
             print(f"error: --{name} {getattr(args, name)}: must be at least {least}", file=sys.stderr)
             return 2
@@ -78,9 +79,9 @@ def main() -> int:
         found = {1: [], 2: []}
         for k in range(args.rounds):
             for workers, rounds in found.items():
-                rounds.append(round_of(Path(folder) / f"{k}-{workers}", workers, args.steps))
+                rounds.append(round_of(Path(folder) / f"{k}-{workers}", workers, args.steps, args.jobs))
         one, two = (statistics.median(r["all"] for r in rounds) for rounds in found.values())
-        print(f"four runs: one worker {one:.1f} s, two {two:.1f} s, throughput {one / two:.2f}")
+        print(f"{args.jobs} runs: one worker {one:.1f} s, two {two:.1f} s, throughput {one / two:.2f}")
         gaps = statistics.median((r["all"] - r["runs"]) / r["runs"] for r in found[1])
         own = statistics.median(r["own"] / r["runs"] for r in found[1])
         print(f"beyond the runs: waiting {gaps:.2%}, the launcher's processor {own:.2%}", end="; ")

@@ -146,15 +146,14 @@ SUITES = sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_expands(name, tmp_path):
     """Each line parses as its file would; what it says of its cost counts the steps it really has."""
-    code, out, error = benchmark("--suite", name, "--runs-dir", tmp_path, "--dry-run", "--fresh")
-    assert code == 0, error
-    jobs = [line for line in out.splitlines() if line.startswith("new ")]
-    seeds = [int(re.search(r"--seed (\d+)", job)[1]) for job in jobs]
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    about, jobs = launch.suite_jobs(name, str(tmp_path), 1, [], fresh=True)
+    assert {job.state for job in jobs} == {"new"} and len({tuple(job.command) for job in jobs}) == len(jobs)
+    seeds = [job.wanted["seed"] for job in jobs]
     assert seeds == sorted(seeds)  # comparisons grow evenly
-    assert len(jobs) == len(set(jobs)) and "expected cost: " in out
-    steps = sum(int(re.search(r"--total-timesteps ([\d_]+)", job)[1]) for job in jobs)
+    steps = sum(job.steps for job in jobs)
     counted = f"{steps / 1e6:.0f} million steps" if steps >= 1e6 else f"{steps // 1000} thousand steps"
-    assert counted in out
+    assert f"expected cost: {counted}" in about
 
 
 def test_published_runs_are_not_run_again(tmp_path):
@@ -188,9 +187,9 @@ def test_published_means_as_far_and_as_often(tmp_path, monkeypatch):
 
 def test_array_of_the_slurm_recipe_has_every_run(tmp_path):
     """docs/cluster.md: as many array tasks as claims-cpu has lines."""
-    _, out, _ = benchmark("--suite", "claims-cpu", "--runs-dir", tmp_path, "--dry-run")
-    lines = [line for line in out.splitlines() if re.match("(new|resumed|finished|published) ", line)]
-    assert f"#SBATCH --array=1-{len(lines)}\n" in (ROOT / "docs" / "cluster.md").read_text()
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    _, jobs = launch.suite_jobs("claims-cpu", str(tmp_path), 1, [])
+    assert f"#SBATCH --array=1-{len(jobs)}\n" in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_foreign_args_json_is_not_a_run_of_ours(tmp_path):

@@ -259,29 +259,19 @@ def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
     assert process.returncode == 143 and folders(tmp_path / "runs") == []
 
 
-def test_log_that_cannot_be_written_fails_one_run(tmp_path):
-    """One line names it, the other run is complete."""
+def test_logs_that_cannot_be_written_fail_their_runs_alone(tmp_path):
+    """A folder where one log should be, another on a full device: each is named, the third run is complete."""
     launch = load("launch", ROOT / "experiments" / "launch.py")
     runs_dir = tmp_path / "runs"
-    job, _ = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1", "2"], str(runs_dir), 1, EXTRA)
-    job.log.mkdir(parents=True)  # a folder where the log should be
-    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--runs-dir", runs_dir]
-    code, out, error = benchmark(*flags, "--", *EXTRA)
-    assert code == 1 and "2 runs, 1 complete, 1 failed" in out and "Traceback" not in error
-    assert "Is a directory" in out + error
-
-
-def test_full_disk_fails_one_run_by_name(tmp_path):
-    """The log of one run lies on a full device: one line names it, the other run is complete."""
-    launch = load("launch", ROOT / "experiments" / "launch.py")
-    runs_dir = tmp_path / "runs"
-    job, _ = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1", "2"], str(runs_dir), 1, EXTRA)
-    job.log.parent.mkdir(parents=True)
-    job.log.symlink_to("/dev/full")
-    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--runs-dir", runs_dir]
-    code, out, error = benchmark(*flags, "--", *EXTRA)
-    assert code == 1 and "2 runs, 1 complete, 1 failed" in out and "Traceback" not in error
-    assert f"{job.name}: [Errno 28] No space left on device" in out + error
+    seeds = ["1", "2", "3"]
+    first, second, _ = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], seeds, str(runs_dir), 1, EXTRA)
+    first.log.mkdir(parents=True)
+    second.log.symlink_to("/dev/full")
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", ",".join(seeds)]
+    code, out, error = benchmark(*flags, "--runs-dir", runs_dir, "--", *EXTRA)
+    assert code == 1 and "3 runs, 1 complete, 2 failed" in out and "Traceback" not in error
+    assert f"{first.name}: [Errno 21] Is a directory" in out + error
+    assert f"{second.name}: [Errno 28] No space left on device" in out + error
 
 
 def test_runs_folder_that_cannot_be_made_is_one_line(tmp_path):

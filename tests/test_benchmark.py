@@ -260,7 +260,7 @@ def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
 
 
 def test_logs_that_cannot_be_written_fail_their_runs_alone(tmp_path):
-    """A folder where one log should be, another on a full device: each is named, the third run is complete."""
+    """A folder where one log should be, another on a full device: both named, the third run complete."""
     launch = load("launch", ROOT / "experiments" / "launch.py")
     runs_dir = tmp_path / "runs"
     seeds = ["1", "2", "3"]

@@ -249,7 +249,7 @@ def steps_done(log: Path) -> int:
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-            found = re.findall(rb" (\d+)/\d+ \[", file.read())
+            found = re.findall(rb" (\d+)/\d+ \[", file.read(2000))
     except OSError:
         return 0
     return int(found[-1]) if found else 0

@@ -50,18 +50,22 @@ def name_of(algo: str, args: dict) -> str:
 
 
 def settings_of(folder: Path, algo: str) -> str | None:
-    """The settings of a complete run, None if it is not complete."""
+    """The settings of a complete run, None if it is not complete. Raises ValueError for a foreign one."""
     if not (folder / "args.json").exists():
         return "default"  # of a library, not ours
     if not (folder / "final.pt").exists():
         return None
-    return name_of(algo, json.loads((folder / "args.json").read_text())["args"])
+    try:
+        return name_of(algo, json.loads((folder / "args.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / 'args.json'}: must be that of one of our runs: {why}") from None
 
 
 def export(runs: Path, target: Path) -> int:
     """Copy the eval.csv of every complete run below `runs`; returns how many."""
     placed: dict[Path, Path] = {}
-    for path in sorted(runs.glob("[!.]*/eval.csv")):
+    for path in sorted(runs.glob("[!.]*__*__*__*/eval.csv")):
         folder = path.parent
         env_id, algo, seed, _ = folder.name.rsplit("__", 3)
         settings = settings_of(folder, algo)
@@ -133,7 +137,7 @@ def scalars(runs: Path, tags: list[str], every: int) -> list[dict]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = []
-    for folder in sorted(path.parent for path in runs.glob("[!.]*/args.json")):
+    for folder in sorted(path.parent for path in runs.glob("[!.]*__*__*__*/args.json")):
         env_id, algo, seed, _ = folder.name.rsplit("__", 3)
         settings = settings_of(folder, algo)
         if settings is None:
@@ -233,5 +237,14 @@ def main() -> int:
     return 0
 
 
+def guarded() -> int:
+    """main, its mistakes as one line and exit code 2."""
+    try:
+        return main()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded())

@@ -451,6 +451,17 @@ def test_scalars_of_runs_are_a_table(tmp_path):
     mine = [(int(r["step"]), float(r["model/nll"])) for r in rows if r["seed"] == "1"]
     assert mine == [(event.step, event.value) for event in seen["model/nll"]]
     assert (tmp_path / "x.png").stat().st_size > 5_000
+    (tmp_path / "file").write_text("")
+    done = experiment("curves", *flags, "--tags", "model/nll", "--csv", tmp_path / "file" / "x.csv")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "file" in done.stderr
+    (tmp_path / "foreign" / "T__sac__1__x").mkdir(parents=True)
+    for name, text in (("args.json", "{}"), ("final.pt", ""), ("eval.csv", "step,return_mean\n0,1\n")):
+        (tmp_path / "foreign" / "T__sac__1__x" / name).write_text(text)
+    for name, rest in (("curves", ["export", tmp_path / "foreign", tmp_path / "out"]),
+                       ("report", ["--runs", tmp_path / "foreign", "--out", tmp_path / "out"])):  # fmt: skip
+        done = experiment(name, *rest)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert "args.json: must be that of one of our runs" in done.stderr
     done = experiment("curves", *flags, "--tags", "model/none")
     assert done.returncode == 2 and done.stderr.endswith("must have complete runs with model/none\n")
 

@@ -4,6 +4,7 @@ import ctypes.util
 import dataclasses
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,21 @@ def quiet_state(monkeypatch):
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+TRAINED = {}
+
+
+@pytest.fixture
+def finished(tmp_path_factory):
+    """Copies a file's tiny run with the defaults into a folder; it is trained once per process of tests."""
+
+    def copy(name: str, folder: Path) -> Path:
+        if name not in TRAINED:
+            TRAINED[name] = run(name, tmp_path_factory.mktemp("finished"))
+        return Path(shutil.copytree(TRAINED[name], folder / TRAINED[name].name))
+
+    return copy
 
 
 @pytest.fixture(params=ALGOS)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import EPISODIC, LOOPS, learner, load, run, shell, tiny
+from tests.conftest import EPISODIC, LOOPS, learner, load, shell, tiny
 
 MISTAKES = {
     "unknown environment": (["--env-id", "NoSuchTask-v0"], "--env-id NoSuchTask-v0: must be"),
@@ -142,9 +142,9 @@ def test_video_without_a_working_renderer(step_loop, tmp_path, capsys, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
-def test_checkpoints_that_are_not_one(loop, tmp_path, capsys, monkeypatch):
+def test_checkpoints_that_are_not_one(loop, finished, tmp_path, capsys, monkeypatch):
     """Truncated, random bytes, another file's, another format, no args.json: named, and nothing touched."""
-    good = run(loop, tmp_path)
+    good = finished(loop, tmp_path)
 
     def spoiled(spoil, expected: str) -> None:
         bad = tmp_path / "bad"
@@ -184,13 +184,13 @@ def test_long_messages_stay_on_one_line(step_loop, tmp_path, capsys, monkeypatch
     assert len(error.strip().splitlines()) == 1 and "the task's observation must be finite" in error
 
 
-def test_resuming_on_a_task_that_changed(step_loop, tmp_path, capsys, monkeypatch):
+def test_resuming_on_a_task_that_changed(step_loop, finished, tmp_path, capsys, monkeypatch):
     """Another number of observations under the same id: named, and the finished run keeps its files."""
     import gymnasium as gym
 
     from tests.tasks import Image
 
-    folder = run(step_loop, tmp_path)
+    folder = finished(step_loop, tmp_path)
     entry = gym.registry["Cliff-v0"].entry_point
     monkeypatch.setattr(gym.registry["Cliff-v0"], "entry_point", Image)
     error = fails(step_loop, ["--resume", folder, "--total-timesteps", 400], capsys, monkeypatch)
@@ -203,9 +203,9 @@ class Evil:
         return os.mkdir, ("owned",)
 
 
-def test_checkpoint_cannot_run_code(loop, tmp_path, capsys, monkeypatch):
+def test_checkpoint_cannot_run_code(loop, finished, tmp_path, capsys, monkeypatch):
     """A pickle that would create a folder on loading is refused."""
-    folder = run(loop, tmp_path)
+    folder = finished(loop, tmp_path)
     monkeypatch.chdir(tmp_path)
     torch.save({"algo": loop, "format": 1, "agent": Evil()}, folder / "checkpoint.pt")
     (folder / "final.pt").unlink()
@@ -216,8 +216,8 @@ def test_checkpoint_cannot_run_code(loop, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "value"), [("--seed", 2), ("--gamma", 0.5), ("--total-timesteps", 200), ("--device", "auto")]
 )
-def test_resuming_with_other_arguments_is_refused(loop, flag, value, tmp_path, capsys, monkeypatch):
-    folder = run(loop, tmp_path)
+def test_resuming_with_other_arguments_is_refused(loop, flag, value, finished, tmp_path, capsys, monkeypatch):
+    folder = finished(loop, tmp_path)
     error = fails(loop, ["--resume", folder, flag, value], capsys, monkeypatch)
     assert (
         error.startswith(f"error: {flag} {value}: must be") and "may only get more --total-timesteps" in error

@@ -34,7 +34,7 @@ def shrink(words: list[str], sizes: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "line"), commands("python algos/"))
-def test_documented_runs_run(page, line, tmp_path):
+def test_documented_runs_run(page, line, finished, tmp_path):
     words = shlex.split(line, comments=True)
     name = Path(words[1]).stem
     if name == "my_method":
@@ -45,7 +45,7 @@ def test_documented_runs_run(page, line, tmp_path):
             module.parse(words[2:])
         assert stop.value.code == 0
     elif "--resume" in words:
-        folder = run(name, tmp_path)
+        folder = finished(name, tmp_path)
         (folder / "final.pt").unlink()
         assert learner(name)(module.parse(["--resume", str(folder)])) == folder
     else:
@@ -97,10 +97,10 @@ def test_argument_tables_are_the_codes(algo):
         assert part in page or part in inherited, part.splitlines()[0]
 
 
-def test_every_metric_is_explained(algo, tmp_path):
+def test_every_metric_is_explained(algo, finished, tmp_path):
     """Each TensorBoard tag of a run is in the page of its file, of its parent or of sac.py."""
     text = "".join((ROOT / "docs" / f"{n}.md").read_text() for n in {algo, PARENTS.get(algo, algo), "sac"})
-    for tag in scalars(run(algo, tmp_path)):
+    for tag in scalars(finished(algo, tmp_path)):
         general = re.sub(r"(error|accuracy)_\d+", r"\1_k", tag)
         general = re.sub(r"(target_mean|weight|deviation)_\d+", r"\1_h", general)
         assert f"`{general}`" in text, tag

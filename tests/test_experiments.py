@@ -165,8 +165,8 @@ def test_recurrent_model_is_unrolled_as_by_its_own_agent():
             assert torch.allclose(a, b, atol=1e-6), name
 
 
-def test_target_error_mistakes(tmp_path):
-    sac = run("sac", tmp_path)
+def test_target_error_mistakes(finished, tmp_path):
+    sac = finished("sac", tmp_path)
     for flags, expected in (
         ([tmp_path / "nothing"], "must be a run folder with a readable args.json"),
         ([sac], "must be a run of sac_mve, sac_svg_h, sac_ove, not sac"),
@@ -177,9 +177,11 @@ def test_target_error_mistakes(tmp_path):
         assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_target_error_writes_where_it_can_or_not_at_all(tmp_path):
+def test_target_error_writes_where_it_can_or_not_at_all(finished, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    done = experiment("target_error", run("sac_mve", tmp_path), "--csv", tmp_path / "file" / "errors.csv")
+    done = experiment(
+        "target_error", finished("sac_mve", tmp_path), "--csv", tmp_path / "file" / "errors.csv"
+    )
     assert done.returncode == 2 and "must be a file that can be written" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

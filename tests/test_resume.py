@@ -160,14 +160,14 @@ def test_signal_stops_cleanly(number, loop, uninterrupted, tmp_path):
     assert_same_end(uninterrupted(loop), folder)
 
 
-def test_longer_run_equals_one_planned_so(algo, tmp_path):
-    """300 steps, then --total-timesteps 500: the same bits as 500 at once; args.json tells the new length."""
-    short, planned = run(algo, tmp_path / "a"), run(algo, tmp_path / "b", "--total-timesteps", 500)
+def test_longer_run_equals_one_planned_so(algo, finished, tmp_path):
+    """200 steps, then --total-timesteps 300: the same bits as 300 at once; args.json tells the new length."""
+    short, planned = run(algo, tmp_path / "a", "--total-timesteps", 200), finished(algo, tmp_path / "b")
     module = load(algo)
-    longer = learner(algo)(module.parse(["--resume", str(short), "--total-timesteps", "500"]))
+    longer = learner(algo)(module.parse(["--resume", str(short), "--total-timesteps", "300"]))
     assert longer == short
     assert_same_end(planned, longer)
-    assert '"total_timesteps": 500' in (longer / "args.json").read_text()
+    assert '"total_timesteps": 300' in (longer / "args.json").read_text()
 
 
 def test_extension_past_an_odd_last_step(step_loop, tmp_path):
@@ -240,8 +240,8 @@ def test_full_ring_is_resumed_in_order(loop, tmp_path):
     )
 
 
-def test_resuming_a_complete_run_changes_nothing(loop, tmp_path, capsys):
-    folder, module = run(loop, tmp_path), load(loop)
+def test_resuming_a_complete_run_changes_nothing(loop, finished, tmp_path, capsys):
+    folder, module = finished(loop, tmp_path), load(loop)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert learner(loop)(module.parse(["--resume", str(folder)])) == folder
     assert "is complete: 300 steps" in capsys.readouterr().out
@@ -262,9 +262,9 @@ HELD |= {
 HELD |= {"steve": NETWORKS | {"optimizer", "model_optimizer", "transition", "termination", "rewards"}}
 
 
-def test_checkpoint_holds_everything(stepwise, tmp_path):
+def test_checkpoint_holds_everything(stepwise, finished, tmp_path):
     """Targets, temperature, optimisers with their moments, replay, normaliser, generators: named."""
-    state = torch.load(run(stepwise, tmp_path) / "checkpoint.pt", weights_only=True)
+    state = torch.load(finished(stepwise, tmp_path) / "checkpoint.pt", weights_only=True)
     agent = state["agent"]
     assert set(agent) == HELD[stepwise]
     meta = {"format", "algo", "args", "step", "episode", "rows", "seconds"}

@@ -12,20 +12,19 @@ from tests.conftest import ROOT, differing, evaluations, family_of, load, run, s
 from tests.tasks import RHO, A, B, Q
 
 
-def test_same_seed_same_bits_other_seed_other_bits(algo, tmp_path):
-    first, again, other = (
-        run(algo, tmp_path / name, "--seed", seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))
-    )
+def test_same_seed_same_bits_other_seed_other_bits(algo, finished, tmp_path):
+    first, again = finished(algo, tmp_path / "a"), run(algo, tmp_path / "b")
+    other = run(algo, tmp_path / "c", "--seed", 4)
     assert evaluations(first) == evaluations(again)
     assert differing(first / "final.pt", again / "final.pt") == []
     assert any("/agent/actor" in name for name in differing(first / "final.pt", other / "final.pt"))
 
 
-def test_how_often_one_looks_changes_nothing(stepwise, tmp_path):
+def test_how_often_one_looks_changes_nothing(stepwise, finished, tmp_path):
     """Other evaluation, logging, diagnosis and checkpoint intervals end in the same bits."""
     looks = ["--eval-every", 37, "--eval-episodes", 5, "--log-every", 10, "--checkpoint-every", 300]
     looks += ["--diagnose-every", 10] if "diagnose_every" in load(stepwise).Args.__dataclass_fields__ else []
-    first, other = run(stepwise, tmp_path / "a"), run(stepwise, tmp_path / "b", *looks)
+    first, other = finished(stepwise, tmp_path / "a"), run(stepwise, tmp_path / "b", *looks)
     settings = ("/args/", "/rows/")
     assert differing(first / "final.pt", other / "final.pt", *settings) == []
 
@@ -116,9 +115,9 @@ def test_run_folder_is_complete(step_loop, tmp_path):
     assert [e.step for e in tags["losses/qf_loss"]] == list(range(80, 301, 20))
 
 
-def test_every_episode_is_logged_and_stored(step_loop, tmp_path):
+def test_every_episode_is_logged_and_stored(step_loop, finished, tmp_path):
     """Lengths add up to the steps taken; the replay knows each transition's episode; none crosses a reset."""
-    folder = run(step_loop, tmp_path)
+    folder = finished(step_loop, tmp_path)
     tags, state = scalars(folder), torch.load(folder / "final.pt", weights_only=True)
     lengths = [int(event.value) for event in tags["charts/episodic_length"]]
     episode, rows = state["buffer"]["episode"], state["buffer"]["rows"]

@@ -645,6 +645,13 @@ def test_mistakes_of_the_new_experiments(name, flags, text, tmp_path):
     runs = ["--runs-dir", tmp_path / "runs"] if name == "vaml_frozen" else []
     done = experiment(name, *base, *runs, "--csv", tmp_path / "a.csv", *flags)
     assert done.returncode == 2 and text in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("name", ["compounding_error", "vaml_artificial", "vaml_frozen"])
+def test_foreign_tables_are_left_alone(name, tmp_path):
+    base = {"compounding_error": COMPOUNDING, "vaml_artificial": ARTIFICIAL, "vaml_frozen": FROZEN}[name]
+    runs = ["--runs-dir", tmp_path / "runs"] if name == "vaml_frozen" else []
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     done = experiment(name, *base, *runs, "--csv", tmp_path / "other.csv")
     assert done.returncode == 2 and "must be a table of this script, or not exist" in done.stderr
+    assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"

@@ -249,14 +249,20 @@ def panels_of(methods: dict[str, list[Curve]]) -> list[dict[str, list[Curve]]]:
 
 def plot_curves(task: str, methods: dict[str, list[Curve]], out: Path) -> None:
     """Mean over seeds with its 95 % interval (Student's t) at the steps that all runs of a method have; the
-    axis shows the returns there are, not how far intervals of few seeds reach."""
+    axis shows the returns there are, not how far intervals of few seeds reach. Panels lie side by side if each
+    shows one method, which is then its title, else one above the other with legends."""
     import matplotlib.pyplot as plt
     from stats import mean_interval
 
     panels = panels_of(methods)
-    size = {"figsize": (8.2, 0.6 + 3 * len(panels)), "sharex": True, "sharey": True, "squeeze": False}
-    figure, grid = plt.subplots(len(panels), 1, layout="constrained", **size)
-    for axes, shown in zip(grid[:, 0], panels, strict=True):
+    small = len(panels) > 1 and all(len(shown) == 1 for shown in panels)
+    columns, height = (3, 1.8) if small else (1, 3)
+    rows = -(-len(panels) // columns)
+    size = {"figsize": (8.2, 0.6 + height * rows), "sharex": True, "sharey": True, "squeeze": False}
+    figure, grid = plt.subplots(rows, columns, layout="constrained", **size)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, shown in zip(grid.flat, panels, strict=False):
         for (method, curves), (colour, line) in zip(shown.items(), styles(), strict=False):
             steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
             values = [[c.values["return_mean"][c.steps == step][0] for c in curves] for step in steps]
@@ -264,13 +270,17 @@ def plot_curves(task: str, methods: dict[str, list[Curve]], out: Path) -> None:
             label = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
             axes.plot(steps, mean, line, color=colour, label=label)
             axes.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
-        axes.set(ylabel="return")
         clean(axes)
-        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        if small:
+            axes.set_title(label, fontsize=8)
+        else:
+            axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     seen = np.concatenate([c.values["return_mean"] for found in methods.values() for c in found])
     margin = 0.05 * (np.ptp(seen) or 1.0)
-    grid[0, 0].set(title=f"{task}: mean and 95 % interval", ylim=(seen.min() - margin, seen.max() + margin))
-    grid[-1, 0].set(xlabel="environment steps")
+    grid[0, 0].set(ylim=(seen.min() - margin, seen.max() + margin))
+    figure.suptitle(f"{task}: mean and 95 % interval")
+    figure.supxlabel("environment steps", fontsize="medium")
+    figure.supylabel("return", fontsize="medium")
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
@@ -313,7 +323,7 @@ def plot_profile(tasks: list[str], found: dict[str, list[np.ndarray]], out: Path
 
     lows, tops = zip(*((t.min(), t.max()) for group in found.values() for t in group), strict=True)
     levels = np.linspace(min(0.0, *lows), max(1.0, *tops), 101)
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.2, 3.6), layout="constrained")
     generator = np.random.default_rng(0)
     for (method, group), (colour, line) in zip(found.items(), styles(), strict=False):
         label = f"{method} ({sum(map(len, group))} runs)"
@@ -326,7 +336,7 @@ def plot_profile(tasks: list[str], found: dict[str, list[np.ndarray]], out: Path
     title = f"{len(tasks)} task{'s' * (len(tasks) > 1)}: share of runs above a score, 95 % interval"
     axes.set(title=title, xlabel="normalised final return", ylabel="share of runs", ylim=(0, 1.02))
     clean(axes)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

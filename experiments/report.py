@@ -249,8 +249,8 @@ def panels_of(methods: dict[str, list[Curve]]) -> list[dict[str, list[Curve]]]:
 
 def plot_curves(task: str, methods: dict[str, list[Curve]], out: Path) -> None:
     """Mean over seeds with its 95 % interval (Student's t) at the steps that all runs of a method have; the
-    axis shows the returns there are, not how far intervals of few seeds reach. Panels lie side by side if each
-    shows one method, which is then its title, else one above the other with legends."""
+    axis shows the returns there are, not how far intervals of few seeds reach. Panels of one method each lie
+    side by side, with its name as title, others one above the other, with legends."""
     import matplotlib.pyplot as plt
     from stats import mean_interval
 

@@ -42,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -110,6 +111,8 @@ class EpisodicRun:
     """Replay capacity in transitions (Plappert et al. 2018); at most total_timesteps are allocated."""
     num_envs: Count = 2
     """Episodes per cycle, run side by side (ours; Plappert et al. 2018: 38 by 19 workers)."""
+    env_threads: Annotated[int, (1, 1024)] = 1
+    """CPU threads that step them; pays where the task releases Python's lock, as MuJoCo does."""
     eval_every: Count = 2_000
     """Evaluate after the cycle that reaches a multiple of this (ours; Plappert et al. 2018: 95 000)."""
     eval_episodes: Count = 100
@@ -145,7 +148,13 @@ class EpisodicRun:
 
 SIZES_OF_PRESETS = {  # what differs from the defaults; fetch: Plappert et al. 2018 in one process
     "ball": {},
-    "fetch": {"num_envs": 16, "batch_size": 1_024, "learning_starts": 8_000, "total_timesteps": 500_000}
+    "fetch": {
+        "num_envs": 16,
+        "env_threads": 2,
+        "batch_size": 1_024,
+        "learning_starts": 8_000,
+        "total_timesteps": 500_000,
+    }
     | {"hidden": 256, "eval_every": 20_000}
     | {"model_layers": 4, "model_hidden": 256, "model_batch": 256, "model_warm_up": 2_000},
 }
@@ -834,9 +843,31 @@ def make_goal_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     return gym.wrappers.RescaleAction(env, box.dtype.type(-1), box.dtype.type(1))
 
 
-def make_goal_envs(env_id: str, count: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+class ThreadedVectorEnv(gym.vector.SyncVectorEnv):
+    """Copies stepped by threads; what they return does not depend on how many. No infos."""
+
+    def __init__(self, makers: list, threads: int):
+        super().__init__(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        self.pool = ThreadPoolExecutor(threads)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        obs, *rest, _ = zip(*self.pool.map(lambda env, a: env.step(a), self.envs, actions), strict=True)
+        empty = gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs)
+        stacked = gym.vector.utils.concatenate(self.single_observation_space, obs, empty)
+        return stacked, *map(np.array, rest), {}
+
+    def close_extras(self, **options) -> None:
+        self.pool.shutdown()
+        super().close_extras(**options)
+
+
+def make_goal_envs(
+    env_id: str, count: int, threads: int = 1, video_dir: Path | None = None
+) -> gym.vector.VectorEnv:
     """Copies side by side, never reset by themselves; with video_dir the first records its first episode."""
     makers = [lambda i=i: make_goal_env(env_id, video_dir if i == 0 else None) for i in range(count)]
+    if threads > 1 and video_dir is None:  # a renderer belongs to one thread
+        return ThreadedVectorEnv(makers, threads)
     return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
@@ -915,7 +946,7 @@ def evaluate_goals(agent: "Agent", args: "Args", envs, step: int, video_dir: Pat
     """Return and success at the last step, deterministic policy, always the same starts and goals."""
     played, task = [], agent.task
     if video_dir is not None:
-        envs = make_goal_envs(args.env_id, envs.num_envs, video_dir)
+        envs = make_goal_envs(args.env_id, envs.num_envs, video_dir=video_dir)
     for first in range(0, args.eval_episodes, envs.num_envs):
         policy = lambda obs, goal: agent.act_for(obs, goal, deterministic=True)  # noqa: E731
         played.append(play(envs, task, first, args.seed + 100, step, policy))
@@ -1040,7 +1071,7 @@ def train_episodic(args: "Args") -> Path:
     per_cycle = args.num_envs * task.length
     needed = max(2, -(-args.total_timesteps // per_cycle)) * per_cycle
     replay = agent.make_buffer(min(args.buffer_size, needed))
-    envs, eval_envs = (make_goal_envs(args.env_id, args.num_envs) for _ in range(2))
+    envs, eval_envs = (make_goal_envs(args.env_id, args.num_envs, args.env_threads) for _ in range(2))
     step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
 
     def seconds() -> float:

@@ -31,7 +31,7 @@ COLOURS = [
     "#56B4E9",
 ]  # Okabe and Ito: safe for all eyes
 NOT_SETTINGS = """env_id seed total_timesteps learning_starts eval_every eval_episodes log_every
-    checkpoint_every runs_dir resume device num_threads capture_video diagnose_every""".split()
+    checkpoint_every runs_dir resume device num_threads env_threads capture_video diagnose_every""".split()
 KNOWN: dict[tuple, dict] = {}  # defaults by file, presets and task, as they are found
 
 

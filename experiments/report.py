@@ -408,7 +408,11 @@ def export_suite(suite: str, runs: Path, results: Path) -> int:
 
     count = 0
     for job in suite_jobs(suite, str(runs), 1, [], fresh=True)[1]:
-        wanted = {k: v for k, v in job.wanted.items() if k not in ("num_threads", "device", "capture_video")}
+        wanted = {
+            k: v
+            for k, v in job.wanted.items()
+            if k not in ("num_threads", "env_threads", "device", "capture_video")
+        }
         folder = find_run(runs, job.algo, wanted)
         if folder is not None and (folder / "final.pt").exists():
             path = results / job.suite / place_of(job) / f"{job.wanted['seed']}.csv"

@@ -161,6 +161,8 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("min: angles on a line", "return x - 2 * math.pi * angle", "return x - 0 * math.pi * angle", MIN),
     ("min: expansion before the model is ready", "args.horizon if args.horizon > 0 and self.model_is_ready else 0", "args.horizon if step >= args.learning_starts else 0", MIN),
     ("min: episodes by their order, not number", "np.random.SeedSequence((seed, k))", "np.random.SeedSequence((seed, k - first))", MIN),
+    ("min: tasks stepped one by one", "ThreadPoolExecutor(threads)", "ThreadPoolExecutor(1)", MIN),
+    ("min: actions for other tasks", "self.envs, actions), strict", "self.envs, actions[::-1]), strict", MIN),
     ("min: evaluation explores", "agent.act_for(obs, goal, deterministic=True)", "agent.act_for(obs, goal)", MIN),
     ("min: random actions left out", "torch.where(at_random, 2 * torch.rand_like(action) - 1, noisy)", "noisy", MIN),
     ("min: replay not restored", "getattr(self, name)[: self.size] = state[name]", "pass", MIN),

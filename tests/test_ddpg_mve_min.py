@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import threading
 import typing
 
 import gymnasium as gym
@@ -410,6 +411,50 @@ def test_vector_tasks_are_not_reset_by_themselves():
     assert played.obs.shape == (3, 51, 4) and (played.obs[:, -1, 2:].abs() > 0).all()  # the last is no reset
 
 
+@pytest.mark.parametrize("env_id", ["TorqueBall-v0", "FetchPush-v4"])
+def test_threads_of_the_tasks_change_nothing(env_id):
+    if env_id in FETCH:
+        pytest.importorskip("gymnasium_robotics")
+    task, played = m.study(env_id, 0), []
+    for threads in (1, 2, 5):
+        envs, rng = m.make_goal_envs(env_id, 4, threads), np.random.default_rng(0)
+        policy = lambda *_, rng=rng: rng.uniform(-1, 1, (4, task.action_dim)).astype(np.float32)  # noqa: E731
+        assert envs.metadata["autoreset_mode"] is gym.vector.AutoresetMode.DISABLED
+        assert isinstance(envs, m.ThreadedVectorEnv) == (threads > 1)
+        m.play(envs, task, 0, 1, 0, policy)
+        played.append(m.play(envs, task, 4, 1, 0, policy))
+        envs.close()
+    for other in played[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(played[0], other, strict=True))
+
+
+def test_threads_step_several_tasks_at_once(monkeypatch):
+    """Two that wait for each other: side by side they meet, one after the other they never do."""
+    meet = threading.Barrier(2)
+    step = m.TorqueBall.step
+
+    def wait_and_step(self, action):
+        meet.wait(timeout=20)
+        return step(self, action)
+
+    monkeypatch.setattr(m.TorqueBall, "step", wait_and_step)
+    envs = m.make_goal_envs("TorqueBall-v0", 2, threads=2)
+    envs.reset(seed=[1, 2])
+    obs, reward, terminated, truncated, _ = envs.step(np.zeros((2, 2), np.float32))
+    assert obs["observation"].shape == (2, 4) and reward.shape == terminated.shape == truncated.shape == (2,)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_fails_in_a_task_is_raised(threads, monkeypatch):
+    def fail(self, action):
+        raise OSError("no simulator")
+
+    monkeypatch.setattr(m.TorqueBall, "step", fail)
+    envs = m.make_goal_envs("TorqueBall-v0", 3, threads)
+    with pytest.raises(OSError, match="no simulator"):
+        m.play(envs, BALL, 0, 1, 0, lambda *_: np.zeros((3, 2), np.float32))
+
+
 # ---------------------------------------------------------------- the cycle
 
 
@@ -612,7 +657,7 @@ NUMBERS += [("--members", 2), ("--model-steps", 1), ("--model-layers", 1), ("--m
 NUMBERS += [("--model-lr", 1e-2), ("--model-batch", 12), ("--model-updates", 2), ("--model-warm-up", 9)]
 NUMBERS += [("--model-ready", 0), ("--model-updates", 0)]
 LOOP = "env_id total_timesteps eval_every eval_episodes checkpoint_every runs_dir resume device"
-LOOP += " num_threads preset"
+LOOP += " num_threads env_threads preset"
 
 
 def test_every_option_changes_what_is_learned(tmp_path):
@@ -630,6 +675,7 @@ def test_presets():
     """The printed sizes; a flag overrides them; a resumed run keeps its own."""
     fetch = m.parse(["--preset", "fetch", "--model-batch", "7"])
     assert (fetch.num_envs, fetch.hidden, fetch.batch_size, fetch.model_layers) == (16, 256, 1024, 4)
+    assert fetch.env_threads == 2 and m.parse([]).env_threads == 1
     assert fetch.model_batch == 7 and m.parse([]).num_envs == 2
     assert all(hasattr(m.Args, name) for values in m.SIZES_OF_PRESETS.values() for name in values)
 
@@ -660,6 +706,7 @@ BAD = [
     (("--env-id", "tests.tasks:GoalDiscrete-v0"), ("continuous, flat Box",)),
     (("--env-id", "tests.tasks:GoalNan-v0"), ("reward must be finite",)),
     (("--horizon", -1), ("--horizon -1", "must be in [0")),
+    (("--env-threads", 0), ("--env-threads 0", "must be in [1, 1024]")),
     (("--batch-size", 61), ("--batch-size 61", "--learning-starts 60")),
     (("--buffer-size", 150), ("--buffer-size 150", "at least 200")),
     (("--model-steps", 51), ("--model-steps 51", "at most 50")),

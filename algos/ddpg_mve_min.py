@@ -913,6 +913,18 @@ class Episodes(NamedTuple):
     success: np.ndarray  # [K] 1 where the goal is reached at the last step
 
 
+@contextlib.contextmanager
+def one_thread():
+    """PyTorch's idle threads would spin for milliseconds on the cores that step the tasks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def play(envs: gym.vector.VectorEnv, task: GoalTask, first: int, seed: int, step: int, policy) -> Episodes:
     """One episode in each env, numbers `first` and on; the number alone determines start and goal.
 

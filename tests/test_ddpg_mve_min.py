@@ -444,6 +444,18 @@ def test_threads_step_several_tasks_at_once(monkeypatch):
     assert obs["observation"].shape == (2, 4) and reward.shape == terminated.shape == truncated.shape == (2,)
 
 
+def test_the_policy_plays_on_one_thread_of_pytorch():
+    envs, seen = m.make_goal_envs("TorqueBall-v0", 2), []
+    policy = lambda *_: (seen.append(torch.get_num_threads()), np.zeros((2, 2), np.float32))[1]  # noqa: E731
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        m.play(envs, BALL, 0, 1, 0, policy)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_fails_in_a_task_is_raised(threads, monkeypatch):
     def fail(self, action):

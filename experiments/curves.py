@@ -119,7 +119,10 @@ def plot(methods: dict, title: str, out: Path) -> None:
         steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
         values = [[dict(rows)[step] for rows in runs.values()] for step in steps]
         axes.plot(
-            steps, [statistics.mean(v) for v in values], color=colour, label=f"{method} ({len(runs)} seeds)"
+            steps,
+            [statistics.mean(v) for v in values],
+            color=colour,
+            label=f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})",
         )
         axes.fill_between(
             steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0
@@ -127,7 +130,7 @@ def plot(methods: dict, title: str, out: Path) -> None:
     axes.set(title=title, xlabel="environment steps", ylabel="return (deterministic policy)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
 

@@ -144,13 +144,16 @@ SUITES = sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_every_suite_expands(name, tmp_path):
+def test_every_suite_expands(name, tmp_path, monkeypatch):
     """Each line parses as its file would; what it says of its cost counts the steps it really has."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     launch = load("launch", ROOT / "experiments" / "launch.py")
     about, jobs = launch.suite_jobs(name, str(tmp_path), 1, [], fresh=True)
     assert {job.state for job in jobs} == {"new"} and len({tuple(job.command) for job in jobs}) == len(jobs)
     seeds = [job.wanted["seed"] for job in jobs]
     assert seeds == sorted(seeds)  # comparisons grow evenly
+    places = [(job.suite, launch.place_of(job), job.wanted["seed"]) for job in jobs]
+    assert len(set(places)) == len(places)  # else one run's exported evaluations replace another's
     steps = sum(job.steps for job in jobs)
     counted = f"{steps / 1e6:.0f} million steps" if steps >= 1e6 else f"{steps // 1000} thousand steps"
     assert f"expected cost: {counted}" in about

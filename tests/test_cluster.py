@@ -51,18 +51,22 @@ def start(cluster, runs_dir, seeds: str, *flags: object, extra=()) -> subprocess
     return subprocess.Popen(list(map(str, command)), env=environment, cwd="/", **pipes)
 
 
-def begun(process, runs_dir, pattern: str, limit: float = 120) -> None:
-    """Wait until a file of that pattern is there."""
+def both_begun(process, runs_dir, limit: float = 120) -> None:
+    """Wait until both nodes have a run under way, each with a checkpoint that it has replaced."""
     deadline = time.monotonic() + limit
-    while not list(runs_dir.glob(pattern)):
+    while True:
+        folders = [path.parent for path in runs_dir.glob("*/args.json")]
+        running = [path for path in folders if not (path / "final.pt").exists()]
+        if len(running) == 2 and all((path / "checkpoint.previous.pt").exists() for path in running):
+            return
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def test_a_node_dies_and_nothing_is_lost(cluster, tmp_path):
     """Six runs on two nodes, one killed in the middle: all complete, none twice, the same bits as without."""
     process = start(cluster, tmp_path, "1,2,3,4,5,6")
-    begun(process, tmp_path, "*/checkpoint.previous.pt")
+    both_begun(process, tmp_path)  # whichever node dies, what it runs can be resumed
     cluster.remove_node(cluster.nodes[0], allow_graceful=False)
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, out + error
@@ -87,7 +91,7 @@ def test_stopping_leaves_the_cluster_clean(cluster, tmp_path):
 
     longer = ["--", "--total-timesteps", 2_500]
     process = start(cluster, tmp_path, "1,2,3", extra=longer)
-    begun(process, tmp_path, "*/checkpoint.previous.pt")
+    both_begun(process, tmp_path)
     process.send_signal(2)
     process.communicate(timeout=120)
     assert process.returncode == 130

@@ -617,6 +617,10 @@ def test_frozen_snapshots_resume(tmp_path):
     (tmp_path / "b.csv").write_text("".join(lines[:3]))
     again = experiment("vaml_frozen", *flags, "--csv", tmp_path / "b.csv")
     assert again.returncode == 0 and rows_of(tmp_path / "b.csv") == rows
+    known = {name: int(value) if value.isdigit() else value for name, value in rows[0].items()}
+    args = types.SimpleNamespace(**known, seeds=[1], threads=1, runs_dir=tmp_path / "none", csv=None)
+    assert load("vaml_frozen", ROOT / "experiments" / "vaml_frozen.py").measure(args, rows, None) == rows
+    assert not args.runs_dir.exists()  # a seed that has all its rows is not run again
     other = experiment("vaml_frozen", *flags, "--hidden", 8, "--csv", tmp_path / "c.csv")
     assert other.returncode == 2 and "must not hold snapshots of other settings" in other.stderr
     sac = load("sac")

@@ -176,7 +176,7 @@ def test_every_boolean_and_choice_reaches_an_update(name, flags, tmp_path):
         import mujoco
 
         try:
-            mujoco.GLContext(8, 8).free()
+            mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
         except Exception:
             pytest.skip("no OpenGL here: set MUJOCO_GL=osmesa or egl")
         flags = (*flags, "--eval-every", 150)

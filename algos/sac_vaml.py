@@ -398,7 +398,10 @@ class DeltaGaussian(nn.Module):
 
     def draw(self, obs: Tensor, action: Tensor, samples: int) -> Tensor:
         """(1a): reparameterised next obs [samples, E, B, n]."""
-        mean, log_std = self(obs, action)
+        return self.scatter(obs, *self(obs, action), samples)
+
+    def scatter(self, obs: Tensor, mean: Tensor, log_std: Tensor, samples: int) -> Tensor:
+        """`draw` where μ and log σ are known already."""
         noise = torch.randn(samples, *mean.shape, device=mean.device)
         return obs + mean + self.varying * log_std.exp() * noise  # (1a)
 
@@ -593,8 +596,7 @@ class Agent:
         weight. fixed: the batch's rows of `once_per_fit`, without which ξ and V(s') of (8a) are new."""
         kind, obs, action = self.args.model_loss, batch.obs[None], batch.action[None]
         delta, loss = (batch.next_obs - batch.obs)[None], torch.zeros((), device=self.device)
-        if share > 0 or kind == "vagram":
-            mean, log_std = self.model(obs, action)
+        mean, log_std = self.model(obs, action)
         if kind == "vagram":
             loss = gradient_aware_loss(delta - mean, fixed)[0]  # (8c)
             return loss + (delta - mean).square().sum(2).mean() if first_epoch else loss
@@ -606,7 +608,7 @@ class Agent:
                 fixed = self.valued(batch.next_obs)
             noise, value = fixed[:, :-1], fixed[:, -1]
             with constant(self.actor):
-                imagined = self.soft_value(self.model.draw(obs, action, samples), noise)
+                imagined = self.soft_value(self.model.scatter(obs, mean, log_std, samples), noise)
             loss = loss + (1 - share) * aware(value[None], imagined)[0]  # (8a, 8b, 9)
         return loss
 

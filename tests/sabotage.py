@@ -171,7 +171,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("vaml: mean of squares, not square of the mean", "(value - imagined.mean(0)).square().mean(1)", "(value - imagined).square().mean((0, 2))", VAML),
     ("vaml: halves not independent", "first, second = imagined.chunk(2)", "first = second = imagined", VAML),
     ("vaml: slopes not squared", "(gradient * error).square().sum(2)", "(gradient.abs() * error.square()).sum(2)", VAML),
-    ("vaml: policy's noise not shared", "imagined = self.soft_value(self.model.draw(obs, action, samples), noise)", "imagined = self.soft_value(self.model.draw(obs, action, samples), torch.randn_like(noise))", VAML),
+    ("vaml: policy's noise not shared", "imagined = self.soft_value(self.model.scatter(obs, mean, log_std, samples), noise)", "imagined = self.soft_value(self.model.scatter(obs, mean, log_std, samples), torch.randn_like(noise))", VAML),
     ("vaml: action of V detached", "q = self.critic_target(flat, u.tanh()).amin(0)", "q = self.critic_target(flat, u.tanh().detach()).amin(0)", VAML),
     ("vaml: value with online critics", "q = self.critic_target(flat, u.tanh()).amin(0)", "q = self.critic(flat, u.tanh()).amin(0)", VAML),
     ("vaml: no entropy in the value", "value = q - self.log_alpha.detach().exp() * squashed", "value = q - 0 * squashed", VAML),

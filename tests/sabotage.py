@@ -175,7 +175,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("vaml: action of V detached", "q = self.critic_target(flat, u.tanh()).amin(0)", "q = self.critic_target(flat, u.tanh().detach()).amin(0)", VAML),
     ("vaml: value with online critics", "q = self.critic_target(flat, u.tanh()).amin(0)", "q = self.critic(flat, u.tanh()).amin(0)", VAML),
     ("vaml: no entropy in the value", "value = q - self.log_alpha.detach().exp() * squashed", "value = q - 0 * squashed", VAML),
-    ("vaml: actor learns from the model's loss", "with constant(self.actor):\n                value", "with contextlib.nullcontext():\n                value", VAML),
+    ("vaml: actor learns from the model's loss", "with constant(self.actor):\n                imagined", "with contextlib.nullcontext():\n                imagined", VAML),
     ("vaml: real states in the critics' targets", "imagined = self.imagine_next(batch.obs, taken)  # (1a)", "imagined = batch.next_obs  # (1a)", VAML),
     ("vaml: imagined ends ignored", "target = soft_target(reward, done, next_q", "target = soft_target(reward, 0 * done, next_q", VAML),
     ("vaml: share does not decay", "max(0.0, 1 - step / self.args.mle_decay)", "1.0", VAML),

@@ -28,6 +28,7 @@ from tests.conftest import (
     scalars,
     tiny,
 )
+from tests.sabotage import SABOTAGES
 
 PATHS = [ROOT / "algos" / f"{name}.py" for name in ALGOS]
 STYLE_FLAGS = """env_id seed total_timesteps learning_starts batch_size buffer_size gamma tau eval_every
@@ -52,6 +53,13 @@ def test_family_tool_finds_and_mends_a_difference(tmp_path):
     assert family.sync(copies[0], "Actor", copies) == [copies[1].name]
     assert family.sync(copies[0], "squashed_log_prob", copies) == [copies[1].name]
     assert copies[1].read_text() == original
+
+
+def test_every_sabotage_has_something_to_break():
+    """python tests/sabotage.py takes long and is not part of CI; that its texts still exist is."""
+    texts = [path.read_text() for path in PATHS]
+    gone = [name for name, old, *_ in SABOTAGES if not any(old in text for text in texts)]
+    assert SABOTAGES and gone == []
 
 
 def test_shared_arguments_agree():

@@ -216,7 +216,7 @@ def test_gradient_flows_through_the_policys_action():
     agent = make_agent(2, 1, model_loss="vaml")
     with torch.no_grad():
         agent.critic_target.layers[0].weight[:, :2] = 0  # rows of the state
-        agent.log_alpha.fill_(-30.0)
+        agent.log_alpha.fill_(-math.inf)  # α = 0: else log π teaches the model as well
     batch = vaml.Batch(
         torch.randn(9, 2), torch.randn(9, 1), torch.zeros(9), torch.randn(9, 2), torch.zeros(9)
     )

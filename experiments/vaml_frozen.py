@@ -188,7 +188,7 @@ def plot(table: list[dict], out: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{table[0]['env_id']}, {len(values)} seeds", fontsize=11)
+    figure.suptitle(f"{table[0]['env_id']}, {len(values)} seed{'s' * (len(values) > 1)}", fontsize=11)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -3,10 +3,13 @@
     python tests/family.py                             # list every block whose text differs between files
     python tests/family.py --sync sac.py:ReplayBuffer  # copy this block to every file that has that name
     python tests/family.py --sync sac.py:Agent.act     # the same for a method
-    python tests/family.py --sync sac.py               # every block of sac.py
+    python tests/family.py --sync sac.py               # every block of sac.py, and all below its header
+    python tests/family.py --sync sac.py:below         # only what stands below its header
 
 A block is a top-level function, class or constant, or a method of Agent. Free to differ: Args, Agent as a
-whole, and the methods in OWN, which are the algorithm itself. Those in OF_A_BASE differ between bases.
+whole, and the methods in OWN, which are the algorithm itself. Those in OF_A_BASE differ between bases. What
+stands below the header line, but for the call of main, is one text; how long that and what is read may be,
+and `train`, is counted too.
 """
 
 import argparse
@@ -15,8 +18,23 @@ import sys
 from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
-OWN = {"Args", "Agent", "Agent.__init__", "Agent.make_buffer", "Agent.update"}
-OF_A_BASE = {"Agent.act"}  # the same in all files whose names begin alike: sac.., ddpg.., td3..
+HEADER = "# --- the same in every file from here on: checks, task, run folder, graphs, command line ---"
+CALL = '\n\nif __name__ == "__main__":\n'
+LONGEST = {  # lines to read above the header
+    "sac": 375, "mage": 583, "mbpo": 797, "steve": 595, "td3": 402, "ddpg": 422, "ddpg_mve": 693, "sac_mve": 650,
+    "sac_ove": 810, "sac_retrace": 488, "sac_svg_h": 838, "sac_vaml": 740, "ddpg_mve_min": 940,
+}  # fmt: skip
+BELOW, LOOP = 340, 45  # lines of what nobody needs to read, and of `train`
+OWN = {
+    "Args",
+    "Agent",
+    "Agent.__init__",
+    "Agent.make_buffer",
+    "Agent.update",
+    "Agent.learn",
+    "Agent.critic_loss",
+}
+OF_A_BASE = {"Agent.act", "Agent.policy"}  # the same in all files that begin alike: sac.., ddpg.., td3..
 
 
 def blocks(source: str) -> dict[str, tuple[int, int]]:
@@ -39,15 +57,32 @@ def blocks(source: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+def halves(source: str) -> tuple[str, str, str]:
+    """What is read, what is the same everywhere, and the call of main."""
+    above, _, rest = source.partition(f"\n{HEADER}\n")
+    below, _, call = rest.partition(CALL)
+    return above, below, call
+
+
+def lengths(path: Path) -> list[str]:
+    """One line for each part of the file that is longer than it may be."""
+    above, below, _ = halves(path.read_text())
+    found = [("lines above the header", above.count("\n") + 1, LONGEST.get(path.stem, 850))]
+    found.append(("lines below the header", below.count("\n") + 2, BELOW))
+    found += [(name, b - a, LOOP) for name, (a, b) in blocks(above).items() if name.startswith("train")]
+    return [f"{path.name}: {name}: {count}, at most {most}" for name, count, most in found if count > most]
+
+
 def texts(path: Path) -> dict[str, str]:
     """Name -> source of every block that must be the same everywhere."""
-    source = path.read_text()
+    source, below, _ = halves(path.read_text())
     lines = source.splitlines()
     base = path.stem.split("_")[0]
     named = {
         f"{name} of {base}" if name in OF_A_BASE else name: place for name, place in blocks(source).items()
     }
-    return {name: "\n".join(lines[a:b]) for name, (a, b) in named.items() if name not in OWN}
+    found = {name: "\n".join(lines[a:b]) for name, (a, b) in named.items() if name not in OWN}
+    return found | {"below": below}
 
 
 def differences(paths: list[Path]) -> list[str]:
@@ -63,12 +98,22 @@ def differences(paths: list[Path]) -> list[str]:
     ]
 
 
+def text_below(path: Path) -> str:
+    return halves(path.read_text())[1]
+
+
 def sync(source: Path, name: str, paths: list[Path]) -> list[str]:
     """Copy block `name` of `source` to the other files that have it; returns the files changed."""
     text, changed = texts(source)[name].split("\n"), []
     for path in paths:
         old = path.read_text()
-        if path != source and name in texts(path):
+        if name == "below":
+            above, _, call = halves(old)
+            new = f"{above}\n{HEADER}\n{text_below(source)}{CALL}{call}"
+            if new != old:
+                path.write_text(new)
+                changed.append(path.name)
+        elif path != source and name in texts(path):
             first, last = blocks(old)[name.split(" of ")[0]]
             lines = old.split("\n")
             lines[first:last] = text
@@ -95,8 +140,8 @@ def main() -> int:
         for name in [block] if block else texts(ALGOS / file):
             for changed in sync(ALGOS / file, name, paths):
                 print(f"{name} -> {changed}")
-    found = differences(paths)
-    print("\n".join(found) if found else f"same name, same code in {len(paths)} files")
+    found = differences(paths) + [line for path in paths for line in lengths(path)]
+    print("\n".join(found) if found else f"same name, same code in {len(paths)} files, none too long")
     return 1 if found else 0
 
 

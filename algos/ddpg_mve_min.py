@@ -26,18 +26,17 @@ ag(s_{t'}), t' uniform in t+1 .. end, and R is computed anew (8). H = 0 is DDPG 
     python algos/ddpg_mve_min.py --resume runs/<run> # goes on where it stopped, in the same bits
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,9 +44,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import gymnasium as gym
@@ -56,194 +55,103 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn, optim
+from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ALGO = Path(__file__).stem
-CHECKPOINT_FORMAT = 1
-SIGNALS = []  # SIGINT or SIGTERM, once received
-Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range
 Natural = Annotated[int, (0, 2**31 - 1)]
 Width = Annotated[int, (1, 65_536)]
 Fraction = Annotated[float, (0, 1)]
 Rate = Annotated[float, (0, math.inf)]
 
 
-class BadInput(ValueError):
-    """The user's mistake: one line on stderr, exit code 2."""
-
-
-class RunFailed(RuntimeError):
-    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise BadInput that names the argument, its value and what is allowed."""
-    if not ok:
-        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def check_ranges(args: object) -> None:
-    """Raise BadInput for the first field outside the range in its annotation, or not finite."""
-    for field in dataclasses.fields(args):
-        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
-        for low, high in limits or [(-math.inf, math.inf)] * isinstance(value, float):
-            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            allowed = "finite" if low == -math.inf else allowed
-            require(low <= value <= high and math.isfinite(value), field.name, value, allowed)
-
-
 @dataclass
 class EpisodicRun:
     """The task, the loop of cycles around the agent and what it leaves on disk; for episodic learners."""
 
-    env_id: str = "TorqueBall-v0"
-    """Gymnasium id of a goal task; package.module:Name-v0 imports the module that registers it."""
-    seed: Natural = 1
-    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
-    total_timesteps: Count = 20_000
-    """Environment steps, warm-up included; the cycle that reaches them is the last."""
-    learning_starts: Count = 1_600
-    """Steps of uniformly random actions, with model-free updates after each cycle (ours)."""
-    batch_size: Count = 256
-    """Transitions per update (ours; Plappert et al. 2018: 256 on each of 19 workers)."""
-    buffer_size: Count = 1_000_000
-    """Replay capacity in transitions (Plappert et al. 2018); at most total_timesteps are allocated."""
-    num_envs: Count = 2
-    """Episodes per cycle, run side by side (ours; Plappert et al. 2018: 38 by 19 workers)."""
-    env_threads: Annotated[int, (1, 1024)] = 1
-    """CPU threads that step them; pays where the task releases Python's lock, as MuJoCo does."""
-    eval_every: Count = 2_000
-    """Evaluate after the cycle that reaches a multiple of this (ours; Plappert et al. 2018: 95 000)."""
-    eval_episodes: Count = 100
-    """Episodes per evaluation, deterministic policy, the same goals each time (ours; Plappert: 190)."""
-    checkpoint_every: Count = 20_000
-    """Steps after which the next cycle's end writes a checkpoint (ours)."""
-    runs_dir: str = "runs"
-    """Parent of the run folders."""
-    resume: str = ""
-    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    num_threads: Annotated[int, (1, 1024)] = 2
-    """CPU threads of PyTorch; the exact bits of a run depend on it."""
-    capture_video: bool = False
-    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        warm_up = f"at most --learning-starts {self.learning_starts}"
-        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
-        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
-        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
-        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
-        usable = self.device != "cuda" or torch.cuda.is_available()
-        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
-
-    @classmethod
-    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
-        """Every argument where the command line says nothing; argv matters to files that have presets."""
-        return dataclasses.asdict(cls())
-
-
-SIZES_OF_PRESETS = {  # what differs from the defaults; fetch: Plappert et al. 2018 in one process
-    "ball": {},
-    "fetch": {
-        "num_envs": 16,
-        "env_threads": 2,
-        "batch_size": 1_024,
-        "learning_starts": 8_000,
-        "total_timesteps": 500_000,
-    }
-    | {"hidden": 256, "eval_every": 20_000}
-    | {"model_layers": 4, "model_hidden": 256, "model_batch": 256, "model_warm_up": 2_000},
-}
+    env_id: str = "TorqueBall-v0"  # id of a goal task; package.module:Name-v0 imports what registers it
+    seed: Natural = 1  # of weights, noise, replay sampling and the task; evaluation uses seed + 100
+    total_timesteps: Count = 20_000  # environment steps, warm-up included; rounded up to whole cycles
+    learning_starts: Count = 1_600  # steps of random actions, with model-free updates after each cycle (ours)
+    batch_size: Count = 256  # transitions per update (ours; Plappert et al. 2018: 256 on each of 19 workers)
+    buffer_size: Count = 1_000_000  # replay capacity (Plappert et al. 2018); never more than total_timesteps
+    num_envs: Count = 2  # episodes per cycle, side by side (ours; Plappert et al. 2018: 38 by 19 workers)
+    env_threads: Annotated[int, (1, 1024)] = 1  # CPU threads that step them; MuJoCo lets go of Python's lock
+    eval_every: Count = 2_000  # evaluate after the cycle that reaches a multiple (ours; Plappert: 95 000)
+    eval_episodes: Count = 100  # per evaluation, deterministic policy, the same goals (ours; Plappert: 190)
+    checkpoint_every: Count = 20_000  # steps after which the next cycle's end writes a checkpoint (ours)
+    runs_dir: str = "runs"  # parent of the run folders
+    resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    cuda_graphs: bool = True  # on a GPU replay the agent's methods as captured graphs: the same bits, faster
+    num_threads: Annotated[int, (1, 1024)] = 2  # CPU threads of PyTorch; a run's exact bits depend on it
+    capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
 
 
 @dataclass
 class HindsightDDPG:
-    """Deep deterministic policy gradient with hindsight replay."""
+    """Deep deterministic policy gradient with hindsight replay; unless said, as Plappert et al. 2018."""
 
-    gamma: Fraction = 0.98
-    """Discount factor γ: 1 − 1 / episode length (Plappert et al. 2018)."""
-    tau: Fraction = 0.05
-    """Polyak step τ of the slow copies, once per cycle (Plappert et al. 2018)."""
-    actor_lr: Rate = 1e-3
-    """Adam step size of the actor (Plappert et al. 2018)."""
-    critic_lr: Rate = 1e-3
-    """Adam step size of the critics (Plappert et al. 2018)."""
-    hidden: Width = 64
-    """Units in each of three hidden layers (ours, for the ball; Plappert et al. 2018: 256)."""
-    critics: Count = 2
-    """Critics; targets take the smallest (the talk: double Q-learning; Plappert et al. 2018: 1)."""
-    action_l2: Rate = 1.0
-    """Weight λ of the squared action (Plappert et al. 2018)."""
-    updates_per_cycle: Count = 40
-    """Gradient steps after each cycle's episodes (Plappert et al. 2018)."""
-    hindsight: Natural = 4
-    """Relabelled goals k per original one, strategy "future" (Andrychowicz et al. 2017); 0 for none."""
-    exploration_noise: Rate = 0.2
-    """σ, in halves of the action's range (Plappert et al. 2018)."""
-    random_actions: Fraction = 0.3
-    """Probability p of a uniformly random action (Plappert et al. 2018)."""
+    gamma: Fraction = 0.98  # discount factor γ: 1 − 1 / episode length
+    tau: Fraction = 0.05  # Polyak step τ of the slow copies, once per cycle
+    actor_lr: Rate = 1e-3  # Adam step size of the actor
+    critic_lr: Rate = 1e-3  # Adam step size of the critics
+    hidden: Width = 64  # units in each of three hidden layers (ours, for the ball; Plappert: 256)
+    critics: Count = 2  # targets take the smallest (the talk: double Q-learning; Plappert: 1)
+    action_l2: Rate = 1.0  # weight λ of the squared action
+    updates_per_cycle: Count = 40  # gradient steps after each cycle's episodes
+    hindsight: Natural = 4  # relabelled goals k per original one, drawn from the episode's future; 0: none
+    exploration_noise: Rate = 0.2  # σ, in halves of the action's range
+    random_actions: Fraction = 0.3  # probability p of a uniformly random action
 
 
 @dataclass
 class EnsembleExpansion:
-    """Value expansion with an ensemble of learned models."""
+    """Value expansion with an ensemble of learned models; sizes are ours, for the ball."""
 
-    preset: Literal["ball", "fetch"] = "ball"
-    """Sizes: of the tables here, for minutes, or for Fetch robots; any flag overrides them (ours)."""
-    horizon: Natural = 5
-    """Imagined steps H of the longest target; 0 is model-free (ours; Reach 3, Slide 8)."""
-    agg: Literal["min", "mean", "last", "min-all"] = "min"
-    """Over horizons, after the mean over members: minimum, mean or the longest; or the minimum over all."""
-    member: Literal["all", "random"] = "all"
-    """Each transition is imagined by every member, or by one (a part of the cost)."""
-    members: Annotated[int, (1, 1024)] = 5
-    """Networks E of the ensemble (ours; the talk: one was not sufficient)."""
-    model_steps: Natural = 0
-    """Steps L of the model's loss; 0 for as many as --horizon, 1 for the usual loss (the talk: several)."""
-    model_layers: Annotated[int, (1, 64)] = 2
-    """Hidden layers of each model (ours, for the ball)."""
-    model_hidden: Width = 64
-    """Units in each hidden layer of a model (ours, for the ball)."""
-    model_lr: Rate = 1e-3
-    """Adam step size of the models (ours)."""
-    model_batch: Count = 128
-    """Windows of L steps per update, drawn for each member (ours)."""
-    model_updates: Natural = 40
-    """Model updates per cycle (ours)."""
-    model_warm_up: Natural = 500
-    """Model updates when the warm-up ends (ours)."""
-    model_ready: Rate = 0.3
-    """Held-out one-step error, in deviations of the change, below which expansion begins (ours)."""
+    preset: Literal["ball", "fetch"] = "ball"  # sizes for minutes, or for Fetch robots; flags override (ours)
+    horizon: Natural = 5  # imagined steps H of the longest target; 0 is model-free (ours; Reach 3, Slide 8)
+    agg: Literal["min", "mean", "last", "min-all"] = "min"  # over horizons, of members' means; min-all: both
+    member: Literal["all", "random"] = "all"  # each transition is imagined by all, or by one (cheaper)
+    members: Annotated[int, (1, 1024)] = 5  # networks E of the ensemble (ours; the talk: one is not enough)
+    model_steps: Natural = 0  # L of the model's loss; 0: as many as horizon, 1: the usual (the talk: several)
+    model_layers: Annotated[int, (1, 64)] = 2  # hidden layers of each model
+    model_hidden: Width = 64  # units in each hidden layer of a model
+    model_lr: Rate = 1e-3  # Adam step size of the models
+    model_batch: Count = 128  # windows of L steps per update, drawn for each member
+    model_updates: Natural = 40  # model updates per cycle
+    model_warm_up: Natural = 500  # model updates when the warm-up ends
+    model_ready: Rate = 0.3  # held-out one-step error, in deviations of the change, below which H begins
+
+
+FETCH = dict(num_envs=16, env_threads=2, batch_size=1_024, learning_starts=8_000, total_timesteps=500_000)
+FETCH |= dict(eval_every=20_000, hidden=256, model_layers=4, model_hidden=256)
+FETCH |= dict(model_batch=256, model_warm_up=2_000)  # Plappert et al. 2018 in one process
+SIZES_OF_PRESETS = {"ball": {}, "fetch": FETCH}  # what differs from the defaults
 
 
 @dataclass
 class Args(EpisodicRun, HindsightDDPG, EnsembleExpansion):
+    """Everything that can be set."""
+
     def __post_init__(self) -> None:
-        EpisodicRun.__post_init__(self)
+        check(self)
         several = self.agg != "min-all" or self.member == "all"
         require(several, "agg", self.agg, "another with --member random, which imagines by one member each")
 
     @classmethod
-    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
-        """The dataclass's defaults, then the preset's that argv names."""
-        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        peek.add_argument("--preset", nargs="?", default=cls.preset)
-        return dataclasses.asdict(cls()) | SIZES_OF_PRESETS.get(peek.parse_known_args(argv)[0].preset, {})
+    def defaults(cls, given: dict) -> dict:
+        """Every argument where the command line says nothing: the defaults, then the preset's."""
+        return dataclasses.asdict(cls()) | SIZES_OF_PRESETS[given["preset"]]
 
 
 class StackedLinear(nn.Module):
-    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
-
-    Each member starts like nn.Linear: U(±1/√inputs).
-    """
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs]."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
+        bound = 1 / math.sqrt(inputs)  # as nn.Linear starts
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
@@ -305,12 +213,6 @@ class DeterministicActor(StackedMLP):
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward(obs)[0].tanh()
-
-
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target ← target + τ (source − target), all parameters in one call."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 class TorqueBall(gym.Env):
@@ -387,15 +289,139 @@ class GoalTask(NamedTuple):
     angles: list[int]  # columns that hold angles
 
     def achieved(self, obs: Tensor) -> Tensor:
-        """ag: obs [..., n] -> [..., g]; neighbouring columns are a view, which keeps a GPU busy."""
+        """ag: obs [..., n] -> [..., g]; no list of columns, which a captured graph could not read."""
         first, last = self.columns[0], self.columns[-1] + 1
         together = self.columns == list(range(first, last))
-        return obs[..., first:last] if together else obs[..., self.columns]
+        return obs[..., first:last] if together else torch.stack([obs[..., i] for i in self.columns], -1)
 
     def reward(self, obs: Tensor, goal: Tensor) -> Tensor:
         """R: −1 or 0, or with `dense` −distance; obs [..., n], goal [..., g] -> [...]."""
         distance = torch.linalg.vector_norm(self.achieved(obs) - goal, dim=-1)
         return -distance if self.dense else -(distance > self.threshold).to(obs.dtype)
+
+
+class Moments(nn.Module):
+    """Running mean and deviation of rows [N, d], exact over all that `update` was given.
+
+    Deviations are at least `floor`, and at least `relative` times the largest of them.
+    """
+
+    def __init__(self, width: int, floor: float = 0.0, relative: float = 0.0):
+        super().__init__()
+        self.floor, self.relative = floor, relative
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("exact_mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def update(self, rows: Tensor) -> None:
+        """Merges the rows' moments (Chan et al. 1979)."""
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        total, delta = self.seen + len(rows), rows.mean(0) - self.exact_mean
+        self.squares += rows.var(0, correction=0) * len(rows) + delta**2 * self.seen * len(rows) / total
+        self.exact_mean += delta * len(rows) / total
+        self.seen.copy_(total)
+        std = (self.squares / total).sqrt()
+        least = (self.relative * std.max()).clamp_min(self.floor)
+        self.mean.copy_(self.exact_mean)
+        self.std.copy_(torch.where(std.max() > 0, std.maximum(least), 1.0))
+
+
+def glorot(module: nn.Module) -> None:
+    """Weights U(±√(6 / (inputs + outputs))), biases 0 (Plappert et al. 2018)."""
+    for layer in module.layers:
+        bound = math.sqrt(6 / sum(layer.weight.shape[1:]))
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+
+
+def on_circle(x: Tensor, angle: Tensor) -> Tensor:
+    """Angles brought to [−π, π], the rest as it is: x [..., n], angle [n] 1 where x is one."""
+    return x - 2 * math.pi * angle * (x / (2 * math.pi)).round()
+
+
+class DynamicsEnsemble(StackedMLP):
+    """E models of s' − s, inputs and outputs in deviations of the replay: [E or 1, B, n] -> [E, B, n]."""
+
+    def __init__(self, members: int, task: GoalTask, layers: int, hidden: int):
+        n = task.obs_dim
+        super().__init__(members, [n + task.action_dim, *[hidden] * layers, n], layer_norm=False)
+        self.input, self.change = Moments(n, relative=1e-3), Moments(n, relative=1e-3)
+        self.register_buffer("angle", torch.zeros(n))
+        self.angle[task.angles] = 1.0
+
+    def observe(self, obs: Tensor) -> None:
+        """New episodes [K, T + 1, n] for the normalisation."""
+        self.input.update(obs[:, :-1])
+        self.change.update(on_circle(obs[:, 1:] - obs[:, :-1], self.angle))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """One step: obs [E or 1, B, n], action [as many or 1, B, m] -> next obs [E, B, n]."""
+        action = action.expand(len(obs), -1, -1)
+        x = torch.cat([(obs - self.input.mean) / self.input.std, action], 2)
+        return on_circle(obs + self.change.mean + self.change.std * super().forward(x), self.angle)
+
+    def errors(self, obs: Tensor, action: Tensor) -> Tensor:
+        """x_k − s_{t+k}, k = 1..L, in σ_Δ: obs [E or 1, B, L + 1, n], action [.., L, m] -> [E, B, L, n]."""
+        x, found = obs[:, :, 0], []
+        for k in range(action.shape[2]):
+            x = self(x, action[:, :, k])
+            found.append(on_circle(x - obs[:, :, k + 1], self.angle) / self.change.std)
+        return torch.stack(found, 2)
+
+
+def value_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
+    assert q.shape[1:] == target.shape
+    return (q - target).square().mean(1).sum()
+
+
+def deterministic_actor_loss(q: Tensor) -> Tensor:
+    """−mean Q(s, π(s)): [B] -> scalar."""
+    return -q.mean()
+
+
+def multi_step_loss(errors: Tensor) -> Tensor:
+    """(7): mean square over windows, steps and dimensions, sum over members: [E, B, L, n] -> scalar."""
+    return errors.square().mean((1, 2, 3)).sum()
+
+
+def horizon_targets(reward: Tensor, rewards: Tensor, values: Tensor, gamma: float) -> Tensor:
+    """(1): reward [B], imagined rewards [M, H, B], values of x_0 .. x_H [M, H + 1, B] -> T [M, H + 1, B]."""
+    horizon = rewards.shape[1]
+    assert rewards.shape[::2] == values.shape[::2] and values.shape[1:] == (horizon + 1, len(reward))
+    found = [reward + gamma * values[:, 0]]
+    total = reward.expand_as(found[0])
+    for h in range(1, horizon + 1):
+        total = total + gamma**h * rewards[:, h - 1]
+        found.append(total + gamma ** (h + 1) * values[:, h])
+    return torch.stack(found, 1)
+
+
+def reachable(targets: Tensor, gamma: float, dense: bool) -> Tensor:
+    """(1): no return of rewards −1 or 0 lies outside [−1 / (1 − γ), 0]; dense ones know no lower end."""
+    bounded = gamma < 1 and not dense
+    return targets.clamp(-1 / (1 - gamma) if bounded else -math.inf, 0)
+
+
+def aggregate(targets: Tensor, agg: str) -> Tensor:
+    """(2): targets of members and horizons [M, H + 1, B] -> [B]."""
+    if agg == "min-all":
+        return targets.amin((0, 1))
+    means = targets.mean(0)
+    return {"min": means.amin(0), "mean": means.mean(0), "last": means[-1]}[agg]
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def held_out(episode: Tensor) -> Tensor:
+    """Every tenth episode, from the second on, never trains the model: episode numbers [B] -> bool [B]."""
+    return episode % 10 == 1
 
 
 class GoalBatch(NamedTuple):
@@ -482,126 +508,14 @@ class EpisodeReplay:
             getattr(self, name)[: self.size] = state[name]
 
 
-class Moments(nn.Module):
-    """Running mean and deviation of rows [N, d], exact over all that `update` was given.
-
-    Deviations are at least `floor`, and at least `relative` times the largest of them.
-    """
-
-    def __init__(self, width: int, floor: float = 0.0, relative: float = 0.0):
-        super().__init__()
-        self.floor, self.relative = floor, relative
-        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("exact_mean", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-
-    def update(self, rows: Tensor) -> None:
-        """Merges the rows' moments (Chan et al. 1979)."""
-        rows = rows.reshape(-1, rows.shape[-1]).double()
-        total, delta = self.seen + len(rows), rows.mean(0) - self.exact_mean
-        self.squares += rows.var(0, correction=0) * len(rows) + delta**2 * self.seen * len(rows) / total
-        self.exact_mean += delta * len(rows) / total
-        self.seen.copy_(total)
-        std = (self.squares / total).sqrt()
-        least = (self.relative * std.max()).clamp_min(self.floor)
-        self.mean.copy_(self.exact_mean)
-        self.std.copy_(torch.where(std.max() > 0, std.maximum(least), 1.0))
-
-
-def glorot(module: nn.Module) -> None:
-    """Weights U(±√(6 / (inputs + outputs))), biases 0 (Plappert et al. 2018)."""
-    for layer in module.layers:
-        bound = math.sqrt(6 / sum(layer.weight.shape[1:]))
-        nn.init.uniform_(layer.weight, -bound, bound)
-        nn.init.zeros_(layer.bias)
-
-
-def value_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Squared error, mean over the batch, sum over the critics: q [members, B], target [B] -> scalar."""
-    assert q.shape[1:] == target.shape
-    return (q - target).square().mean(1).sum()
-
-
-def deterministic_actor_loss(q: Tensor) -> Tensor:
-    """−mean Q(s, π(s)): [B] -> scalar."""
-    return -q.mean()
-
-
-def held_out(episode: Tensor) -> Tensor:
-    """Every tenth episode, from the second on, never trains the model: episode numbers [B] -> bool [B]."""
-    return episode % 10 == 1
-
-
-def on_circle(x: Tensor, angle: Tensor) -> Tensor:
-    """Angles brought to [−π, π], the rest as it is: x [..., n], angle [n] 1 where x is one."""
-    return x - 2 * math.pi * angle * (x / (2 * math.pi)).round()
-
-
-class DynamicsEnsemble(StackedMLP):
-    """E models of s' − s, inputs and outputs in deviations of the replay: [E or 1, B, n] -> [E, B, n]."""
-
-    def __init__(self, members: int, task: GoalTask, layers: int, hidden: int):
-        n = task.obs_dim
-        super().__init__(members, [n + task.action_dim, *[hidden] * layers, n], layer_norm=False)
-        self.input, self.change = Moments(n, relative=1e-3), Moments(n, relative=1e-3)
-        self.register_buffer("angle", torch.zeros(n))
-        self.angle[task.angles] = 1.0
-
-    def observe(self, obs: Tensor) -> None:
-        """New episodes [K, T + 1, n] for the normalisation."""
-        self.input.update(obs[:, :-1])
-        self.change.update(on_circle(obs[:, 1:] - obs[:, :-1], self.angle))
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """One step: obs [E or 1, B, n], action [as many or 1, B, m] -> next obs [E, B, n]."""
-        action = action.expand(len(obs), -1, -1)
-        x = torch.cat([(obs - self.input.mean) / self.input.std, action], 2)
-        return on_circle(obs + self.change.mean + self.change.std * super().forward(x), self.angle)
-
-    def errors(self, obs: Tensor, action: Tensor) -> Tensor:
-        """x_k − s_{t+k}, k = 1..L, in σ_Δ: obs [E or 1, B, L + 1, n], action [.., L, m] -> [E, B, L, n]."""
-        x, found = obs[:, :, 0], []
-        for k in range(action.shape[2]):
-            x = self(x, action[:, :, k])
-            found.append(on_circle(x - obs[:, :, k + 1], self.angle) / self.change.std)
-        return torch.stack(found, 2)
-
-
-def multi_step_loss(errors: Tensor) -> Tensor:
-    """(7): mean square over windows, steps and dimensions, sum over members: [E, B, L, n] -> scalar."""
-    return errors.square().mean((1, 2, 3)).sum()
-
-
-def horizon_targets(reward: Tensor, rewards: Tensor, values: Tensor, gamma: float) -> Tensor:
-    """(1): reward [B], imagined rewards [M, H, B], values of x_0 .. x_H [M, H + 1, B] -> T [M, H + 1, B]."""
-    horizon = rewards.shape[1]
-    assert rewards.shape[::2] == values.shape[::2] and values.shape[1:] == (horizon + 1, len(reward))
-    found = [reward + gamma * values[:, 0]]
-    total = reward.expand_as(found[0])
-    for h in range(1, horizon + 1):
-        total = total + gamma**h * rewards[:, h - 1]
-        found.append(total + gamma ** (h + 1) * values[:, h])
-    return torch.stack(found, 1)
-
-
-def reachable(targets: Tensor, gamma: float, dense: bool) -> Tensor:
-    """(1): no return of rewards −1 or 0 lies outside [−1 / (1 − γ), 0]; dense ones know no lower end."""
-    bounded = gamma < 1 and not dense
-    return targets.clamp(-1 / (1 - gamma) if bounded else -math.inf, 0)
-
-
-def aggregate(targets: Tensor, agg: str) -> Tensor:
-    """(2): targets of members and horizons [M, H + 1, B] -> [B]."""
-    if agg == "min-all":
-        return targets.amin((0, 1))
-    means = targets.mean(0)
-    return {"min": means.amin(0), "mean": means.mean(0), "last": means[-1]}[agg]
-
-
 class Agent:
     """DDPG with hindsight whose critics learn from pessimistic expanded targets."""
+
+    captured = (
+        "policy_for",
+        "learn",
+        "fit_models",
+    )  # tensors in, tensors out: on a GPU each becomes a CUDA graph
 
     def __init__(self, args: Args, task: GoalTask, device: torch.device):
         self.args, self.task, self.device, self.warned = args, task, device, False
@@ -619,13 +533,14 @@ class Agent:
             {"params": list(self.actor.parameters()), "lr": args.actor_lr},
             {"params": list(self.critic.parameters()), "lr": args.critic_lr},
         ]
-        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for both is faster
+        adam = {"fused": True, "capturable": device.type == "cuda"}  # elementwise: one for both is faster
+        self.optimizer = optim.Adam(groups, **adam)
         if args.horizon == 0:
             return
         sizes = (args.model_layers, args.model_hidden)
         self.model = DynamicsEnsemble(args.members, task, *sizes).to(device)
-        self.model_optimizer = optim.Adam(self.model.parameters(), lr=args.model_lr, fused=True)
-        self.model_is_ready = torch.tensor(False)
+        self.model_optimizer = optim.Adam(self.model.parameters(), lr=args.model_lr, **adam)
+        self.model_is_ready = torch.tensor(False)  # on the CPU, where it is asked
 
     def make_buffer(self, capacity: int) -> EpisodeReplay:
         return EpisodeReplay(capacity, self.task, self.args.num_envs, self.args.hindsight, self.device)
@@ -635,16 +550,19 @@ class Agent:
         pairs = ((obs, self.obs_moments), (goal, self.goal_moments))
         return torch.cat([((x.clamp(-200, 200) - m.mean) / m.std).clamp(-5, 5) for x, m in pairs], 1)
 
-    @torch.no_grad()
     def act_for(self, obs: np.ndarray, goal: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [N, n], goal [N, g] -> actions [N, m] in [−1, 1], with the noise of (6) or without."""
         obs, goal = (torch.as_tensor(x, device=self.device) for x in (obs, goal))
+        return self.policy_for(obs, goal, deterministic).cpu().numpy()
+
+    @torch.no_grad()
+    def policy_for(self, obs: Tensor, goal: Tensor, deterministic: bool) -> Tensor:
         action = self.actor(self.view(obs, goal))
-        if not deterministic:
-            noisy = (action + self.args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
-            at_random = torch.rand(len(action), 1, device=self.device) < self.args.random_actions
-            action = torch.where(at_random, 2 * torch.rand_like(action) - 1, noisy)  # (6)
-        return action.cpu().numpy()
+        if deterministic:
+            return action
+        noisy = (action + self.args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
+        at_random = torch.rand(len(action), 1, device=self.device) < self.args.random_actions
+        return torch.where(at_random, 2 * torch.rand_like(action) - 1, noisy)  # (6)
 
     def judge(self, obs: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """π̄ and min_i Q̄_i: obs [M, R, n], goal [M or 1, R, g] -> action [M, R, m], value [M, R]."""
@@ -676,48 +594,48 @@ class Agent:
 
     def update(self, replay: EpisodeReplay, step: int) -> dict[str, Tensor]:
         """The gradient steps of one cycle, the models' first. Metrics stay tensors, means over the cycle."""
-        args, metrics = self.args, []
+        args, rows = self.args, []
         every = torch.arange(replay.size, device=self.device)
         self.observe(replay)
         models = self.update_models(replay, step) if args.horizon > 0 else {}
         horizon = args.horizon if args.horizon > 0 and self.model_is_ready else 0
         for _ in range(args.updates_per_cycle):
-            batch = replay.sample(args.batch_size, every)
-            seen = self.view(batch.obs, batch.goal)
-            with torch.no_grad():
-                targets = self.expand_values(batch, horizon)  # (1)
-                target = aggregate(targets, args.agg)  # (2)
-            q = self.critic(seen, batch.action)
-            critic_loss = value_loss(q, target)  # (3)
-            action = self.actor(seen)
-            q_actor = self.critic(seen, action, frozen=True, members=1)[0]
-            actor_loss = deterministic_actor_loss(q_actor)
-            actor_loss = actor_loss + args.action_l2 * action.square().mean()  # (4)
-
-            self.optimizer.zero_grad()
-            (critic_loss + actor_loss).backward()  # no parameter is in both
-            self.optimizer.step()
-            metrics.append(
-                {
-                    "losses/qf_loss": critic_loss.detach(),
-                    "losses/qf_values": q.detach().mean(),
-                    "losses/actor_loss": actor_loss.detach(),
-                    "expansion/target_mean": target.mean(),
-                    "expansion/pessimism_gap": (target - targets[0, 0]).mean(),
-                }
-            )
+            batch = replay.sample(args.batch_size, every)  # no part of a graph: there are ever more episodes
+            metrics, targets = self.learn(batch, horizon)
+            rows.append(torch.stack(list(metrics.values())))  # copied: the next call overwrites them
         polyak(self.critic_target, self.critic, args.tau)  # (5)
         polyak(self.actor_target, self.actor, args.tau)  # (5)
+        means = dict(zip(metrics, torch.stack(rows).mean(0), strict=True))
         spread = {f"expansion/target_mean_{h}": t.mean() for h, t in enumerate(targets.transpose(0, 1))}
         spread["expansion/spread_over_members"] = targets.std(0, correction=0).mean()
-        means = {k: torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
         if not self.warned and (gap := means["expansion/pessimism_gap"]) < -5:
             self.warned = True
-            text = (
-                f"targets lie {-gap:.1f} below the model-free ones: a pessimistic model can sink all values"
-            )
-            tqdm.write(f"step {step}: {text}")
+            sunk = f"targets lie {-gap:.1f} below the model-free ones"
+            tqdm.write(f"step {step}: {sunk}: a pessimistic model can sink all values")
         return models | spread | means
+
+    def learn(self, batch: GoalBatch, horizon: int) -> tuple[dict[str, Tensor], Tensor]:
+        """One gradient step of actor and critics: metrics, and the targets of (1)."""
+        args, seen = self.args, self.view(batch.obs, batch.goal)
+        with torch.no_grad():
+            targets = self.expand_values(batch, horizon)  # (1)
+            target = aggregate(targets, args.agg)  # (2)
+        q = self.critic(seen, batch.action)
+        critic_loss = value_loss(q, target)  # (3)
+        action = self.actor(seen)
+        actor_loss = deterministic_actor_loss(self.critic(seen, action, frozen=True, members=1)[0])
+        actor_loss = actor_loss + args.action_l2 * action.square().mean()  # (4)
+
+        self.optimizer.zero_grad()
+        (critic_loss + actor_loss).backward()  # no parameter is in both
+        self.optimizer.step()
+        return {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "expansion/target_mean": target.mean(),
+            "expansion/pessimism_gap": (target - targets[0, 0]).mean(),
+        }, targets
 
     def observe(self, replay: EpisodeReplay) -> None:
         """Normalisation of observations and relabelled goals, from as many transitions as are new."""
@@ -735,23 +653,22 @@ class Agent:
             self.model.observe(replay.obs[new])
         if step < args.learning_starts:
             return {}
-        warm_up, metrics = 0 if self.model_optimizer.state else args.model_warm_up, {}
+        warm_up, loss = 0 if self.model_optimizer.state else args.model_warm_up, {}
+        shape, steps = (args.members, args.model_batch), args.model_steps or args.horizon
         for _ in range(args.model_updates + warm_up):
-            metrics = {"model/loss": self.fit_models(replay, train)}
-        metrics |= self.diagnose_models(replay)
+            loss = {"model/loss": self.fit_models(*replay.windows(shape, steps, train))}
+        metrics = self.diagnose_models(replay)
         ready = metrics["model/change_error"] < args.model_ready
         self.model_is_ready |= ready.to(self.model_is_ready.device)
-        return metrics | {"model/is_ready": self.model_is_ready.clone()}
+        return loss | metrics | {"model/is_ready": self.model_is_ready.clone()}
 
-    def fit_models(self, replay: EpisodeReplay, train: Tensor) -> Tensor:
-        """One gradient step (7), each member on windows of its own."""
-        args, steps = self.args, self.args.model_steps or self.args.horizon
-        obs, action = replay.windows((args.members, args.model_batch), steps, train)
+    def fit_models(self, obs: Tensor, action: Tensor) -> Tensor:
+        """One gradient step (7), each member on its own windows: obs [E, B, L + 1, n], action [.., L, m]."""
         loss = multi_step_loss(self.model.errors(obs, action))  # (7)
         self.model_optimizer.zero_grad()
         loss.backward()
         self.model_optimizer.step()
-        return loss.detach() / args.members
+        return loss.detach() / self.args.members
 
     @torch.no_grad()
     def diagnose_models(self, replay: EpisodeReplay) -> dict[str, Tensor]:
@@ -786,28 +703,10 @@ class Agent:
             part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
 
 
-def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, TypeError):  # Linux
-        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def finite(step: int, name: str, value) -> np.ndarray:
-    """The task's number or array as float32. Raises BadInput if it is not finite."""
-    with np.errstate(over="ignore"):
-        result = np.asarray(value, np.float32)
-    if not np.isfinite(result).all():
-        raise BadInput(f"step {step}: the task's {name} must be finite in float32, got {value}")
-    return result
-
-
 def make_goal_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The task with actions in [−1, 1]; with video_dir its first episode is recorded.
+    """A goal task of episodes of one length, actions in [−1, 1]; with video_dir its first one is filmed.
 
-    Raises BadInput for an unknown id, for spaces that this file cannot serve, and where rendering fails.
+    Raises BadInput for a task that this file cannot serve.
     """
     if env_id.startswith("Fetch"):
         try:
@@ -816,38 +715,30 @@ def make_goal_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
         except ImportError:
             require(False, "env_id", env_id, "a task that is installed: pip install gymnasium-robotics")
         gym.register_envs(gymnasium_robotics)
-    try:
-        render = {} if video_dir is None else {"render_mode": "rgb_array"}
-        env = gym.make(env_id, disable_env_checker=True, **render)
-        if video_dir is not None:
-            env.reset()
-            env.render()
-            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
-    except Exception as error:  # tasks and renderers fail in many ways
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
-        require(False, "env_id", env_id, f"a task that can be made: {why}")
-    space, box = env.observation_space, env.action_space
-    parts = space.spaces if isinstance(space, gym.spaces.Dict) else {}
-    flat = all(
-        isinstance(parts.get(name), gym.spaces.Box) and len(parts[name].shape) == 1
-        for name in ("observation", "achieved_goal", "desired_goal")
-    )
-    require(flat, "env_id", env_id, f"a goal task (observation, achieved_goal, desired_goal), not {space}")
-    continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
-    bounded = continuous and box.is_bounded() and (box.low < box.high).all() and len(box.shape) == 1
-    require(bounded, "env_id", env_id, f"with a bounded, continuous, flat Box of actions, not {box}")
+    env = open_task(env_id, video_dir)
+    parts, names = env.observation_space, ("observation", "achieved_goal", "desired_goal")
+    parts = parts.spaces if isinstance(parts, gym.spaces.Dict) else {}
+    flat = all(isinstance(parts.get(k), gym.spaces.Box) and len(parts[k].shape) == 1 for k in names)
+    require(flat, "env_id", env_id, f"a goal task ({', '.join(names)}), not {env.observation_space}")
     limited = env.spec is not None and env.spec.max_episode_steps is not None
     require(limited, "env_id", env_id, "registered with max_episode_steps: episodes have one length")
-    env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, box.low, box.high), box)
-    return gym.wrappers.RescaleAction(env, box.dtype.type(-1), box.dtype.type(1))
+    return env
 
 
-class ThreadedVectorEnv(gym.vector.SyncVectorEnv):
+class GoalVectorEnv(gym.vector.SyncVectorEnv):
+    """Copies side by side, never reset by themselves."""
+
+    np_random = np.random.default_rng(0)  # for checkpoints; unused: an episode's number determines its start
+
+    def __init__(self, makers: list):
+        super().__init__(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+class ThreadedVectorEnv(GoalVectorEnv):
     """Copies stepped by threads; what they return does not depend on how many. No infos."""
 
     def __init__(self, makers: list, threads: int):
-        super().__init__(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        super().__init__(makers)
         self.pool = ThreadPoolExecutor(threads)
 
     def step(self, actions: np.ndarray) -> tuple:
@@ -861,14 +752,11 @@ class ThreadedVectorEnv(gym.vector.SyncVectorEnv):
         super().close_extras(**options)
 
 
-def make_goal_envs(
-    env_id: str, count: int, threads: int = 1, video_dir: Path | None = None
-) -> gym.vector.VectorEnv:
-    """Copies side by side, never reset by themselves; with video_dir the first records its first episode."""
+def make_goal_envs(env_id: str, count: int, threads: int = 1, video_dir: Path | None = None) -> GoalVectorEnv:
+    """Copies side by side; with video_dir the first one's first episode is filmed."""
     makers = [lambda i=i: make_goal_env(env_id, video_dir if i == 0 else None) for i in range(count)]
-    if threads > 1 and video_dir is None:  # a renderer belongs to one thread
-        return ThreadedVectorEnv(makers, threads)
-    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    threaded = threads > 1 and video_dir is None  # a renderer belongs to one thread
+    return ThreadedVectorEnv(makers, threads) if threaded else GoalVectorEnv(makers)
 
 
 def study(env_id: str, seed: int) -> GoalTask:
@@ -925,316 +813,420 @@ def one_thread():
 
 
 @one_thread()
-def play(envs: gym.vector.VectorEnv, task: GoalTask, first: int, seed: int, step: int, policy) -> Episodes:
+def play(envs: GoalVectorEnv, task: GoalTask, first: int, seed: int, policy) -> Episodes:
     """One episode in each env, numbers `first` and on; the number alone determines start and goal.
 
-    policy(obs [K, n], goal [K, g]) -> actions [K, m]. Raises RunFailed or BadInput if agent or task is not
-    finite, BadInput if an episode ends early.
+    policy(obs [K, n], goal [K, g]) -> actions [K, m]. Raises BadInput if the task is not finite or an episode
+    ends early, RunFailed if the actions are not finite.
     """
     numbers = range(first, first + envs.num_envs)
     found, _ = envs.reset(seed=[int(np.random.SeedSequence((seed, k)).generate_state(1)[0]) for k in numbers])
-    goal = finite(step, "goal", found["desired_goal"])
-    obs, actions, total = [finite(step, "observation", found["observation"])], [], np.zeros(len(numbers))
-    for t in range(task.length):
-        if SIGNALS:
-            raise SystemExit(128 + SIGNALS[0])
+    goal, total = finite("the task's goal", found["desired_goal"]), np.zeros(len(numbers))
+    obs, actions = [finite("the task's observation", found["observation"])], []
+    for t in range(1, task.length + 1):
         actions.append(policy(obs[-1], goal))
-        if not np.isfinite(actions[-1]).all():
-            raise RunFailed(f"step {step}: the agent's action is not finite: {actions[-1]}")
         found, reward, terminated, truncated, _ = envs.step(actions[-1])
-        obs.append(finite(step, "observation", found["observation"]))
-        total += finite(step, "reward", reward)
-        early = terminated.any() or (truncated.any() and t < task.length - 1)
-        if early:
-            raise BadInput(
-                f"step {step}: the task's episodes must last {task.length} steps, one ended at {t + 1}"
-            )
+        obs.append(finite("the task's observation", found["observation"]))
+        total += finite("the task's reward", reward)
+        if terminated.any() or (truncated.any() and t < task.length):
+            raise BadInput(f"the task's episodes must last {task.length} steps, one ended at {t}")
     distance = np.linalg.norm(obs[-1][:, task.columns] - goal, axis=1)
     stacked = (torch.as_tensor(np.stack(rows, 1)) for rows in (obs, actions))
     return Episodes(*stacked, torch.as_tensor(goal), total, (distance <= task.threshold).astype(float))
 
 
-def evaluate_goals(agent: "Agent", args: "Args", envs, step: int, video_dir: Path | None) -> dict[str, float]:
+def train_episodic(args: Args) -> Path:
+    """Start a run of cycles, episodes side by side and then updates, or go on with args.resume; its folder.
+
+    Raises BadInput for a mistake, before anything is on disk, and RunFailed for a run that cannot go on.
+    """
+    device, task = prepare(args), study(args.env_id, args.seed)
+    for name in ("horizon", "model_steps"):  # held-out windows and those of the loss fit into an episode
+        require(getattr(args, name) <= task.length, name, getattr(args, name), f"at most {task.length} here")
+    agent, per_cycle = Agent(args, task, device), args.num_envs * task.length
+    cycles = max(2, -(-args.total_timesteps // per_cycle))
+    replay = agent.make_buffer(min(args.buffer_size, cycles * per_cycle))
+    envs, eval_envs = (make_goal_envs(args.env_id, args.num_envs, args.env_threads) for _ in range(2))
+    evaluation = functools.partial(evaluate_goals, eval_envs)
+    at_random = lambda *_: 2 * torch.rand(args.num_envs, task.action_dim).numpy() - 1  # noqa: E731
+    with contextlib.closing(eval_envs), RunFolder(args, envs, agent, replay, evaluation) as run:
+        for step in run.steps(per_cycle):
+            before, cycle_began = step - per_cycle, time.perf_counter()
+            policy = at_random if before < args.learning_starts else agent.act_for
+            played = play(envs, task, run.episode, args.seed, policy)
+            replay.add(*(x.to(device) for x in (played.obs, played.action, played.goal)))
+            collected = time.perf_counter()
+            metrics = {name: float(value) for name, value in agent.update(replay, step).items()}
+            updated = time.perf_counter()
+            run.log(metrics | run.speed() | {"charts/success_rate": played.success.mean()})
+            run.log({"time/collection": collected - cycle_began, "time/updates": updated - collected})
+
+            if step // args.eval_every > before // args.eval_every or step >= args.total_timesteps:
+                run.evaluate()
+            run.end_episode({"r": played.episode_return.mean(), "l": task.length}, count=args.num_envs)
+    return run.path
+
+
+def evaluate_goals(
+    envs: GoalVectorEnv, agent: Agent, args: Args, step: int, video_dir: Path | None = None
+) -> dict[str, float]:
     """Return and success at the last step, deterministic policy, always the same starts and goals."""
-    played, task = [], agent.task
     if video_dir is not None:
         envs = make_goal_envs(args.env_id, envs.num_envs, video_dir=video_dir)
+    policy, played = functools.partial(agent.act_for, deterministic=True), []
     for first in range(0, args.eval_episodes, envs.num_envs):
-        policy = lambda obs, goal: agent.act_for(obs, goal, deterministic=True)  # noqa: E731
-        played.append(play(envs, task, first, args.seed + 100, step, policy))
+        played.append(play(envs, agent.task, first, args.seed + 100, policy))
     if video_dir is not None:
         envs.close()
-    returns, success = (
-        np.concatenate([getattr(p, name) for p in played])[: args.eval_episodes]
-        for name in ("episode_return", "success")
-    )
-    stats = {"return_mean": returns.mean(), "return_std": returns.std(), "length_mean": task.length}
+    names = ("episode_return", "success")
+    returns, success = (np.concatenate([getattr(p, k) for p in played])[: args.eval_episodes] for k in names)
+    stats = {"return_mean": returns.mean(), "return_std": returns.std(), "length_mean": agent.task.length}
     stats |= {"success_rate": success.mean()}
     return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
 
 
-def write_atomically(path: Path, write, keep: Path | None = None) -> None:
-    """write(file), fsync, rename: path holds old bytes or new, `keep` then the old. Raises RunFailed."""
-    temporary = path.with_name(path.name + ".tmp")
+# --- the same in every file from here on: checks, task, run folder, graphs, command line ---
+
+ALGO, FORMAT = Path(__file__).stem, 2  # of a checkpoint
+SIGNALS = []  # SIGINT or SIGTERM, once received
+
+
+class BadInput(ValueError):
+    """The user's mistake, or the task's: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check(args) -> None:
+    """Raise BadInput for an argument out of the range in its annotation, or at odds with another."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for low, high in (x for x in get_args(field.type) if isinstance(x, tuple) and value is not None):
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            require(low <= value <= high and value < math.inf, field.name, value, allowed)
+    batch, warm_up, total = args.batch_size, args.learning_starts, args.total_timesteps
+    require(batch <= warm_up, "batch_size", batch, f"at most --learning-starts {warm_up}")
+    require(warm_up < total, "learning_starts", warm_up, f"below --total-timesteps {total}")
+    require(batch <= args.buffer_size, "buffer_size", args.buffer_size, f"at least --batch-size {batch}")
+
+
+def prepare(args) -> torch.device:
+    """Threads, seed and determinism as the arguments say; returns the device. Raises BadInput."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "auto or cpu here: torch finds no CUDA device")
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cuda)
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").exists():  # Linux
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def finite(name: str, value, error=BadInput) -> np.ndarray:
+    """The value as float32, or the error. Here, several times in each step, a signal ends the run."""
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
+    with np.errstate(over="ignore"), contextlib.suppress(TypeError, ValueError):
+        if np.isfinite(result := np.asarray(value, np.float32)).all():
+            return result
+    raise error(f"{name} must be finite in float32, got {value}")
+
+
+def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """The task with actions in [−1, 1]; with video_dir its first episode is filmed. Raises BadInput."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
-        with contextlib.suppress(OSError):
+        env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array" if video_dir else None)
+        if video_dir:  # tried out first: RecordVideo makes its folder before it fails
+            env.reset()
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
+    except Exception as error:  # tasks and renderers fail in many ways
+        why = f"{type(error).__name__}: {error}"
+        require(not video_dir, "capture_video", True, f"off where rendering fails: {why}")
+        require(False, "env_id", env_id, f"a task that can be made: {why}")
+    box = env.action_space
+    real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    fit = real and box.is_bounded() and (box.low < box.high).all()
+    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
+    clip = lambda action: np.clip(finite("the agent's action", action, RunFailed), flat.low, flat.high)  # noqa: E731
+    env = gym.wrappers.TransformAction(env, lambda action: clip(action).reshape(box.shape), flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # whose rounding overshoots
+
+
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """open_task with flat observations, they and rewards finite in float32, and episodes' statistics."""
+    env = open_task(env_id, video_dir)
+    space = env.observation_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
+    flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
+    seen = lambda obs: finite("the task's observation", obs).ravel()  # noqa: E731
+    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]  # noqa: E731
+    env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
+    """An episode's first observation. An agent that remembers has a `begin_episode`, and is told here."""
+    obs, _ = env.reset(seed=seed)
+    getattr(agent, "begin_episode", lambda: None)()
+    return obs
+
+
+def captured(method):
+    """A method of tensors as CUDA graphs, one for each signature: shapes of tensors, values of the rest.
+
+    It may read no tensor and change only the agent's own; its next call overwrites what it returned.
+    """
+    graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+    def call(*args):
+        signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
+        graph = graphs.setdefault(signature, SimpleNamespace(calls=0))
+        graph.calls += 1
+        if graph.calls <= 3:  # ordinary calls, on a side stream as capture demands
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = method(*args)
+            main.wait_stream(side)
+            return result
+        if graph.calls == 4:
+            graph.captured = torch.cuda.CUDAGraph()
+            graph.inputs = pytree.tree_map_only(Tensor, torch.clone, args)
+            with torch.cuda.graph(graph.captured):  # executes nothing
+                graph.result = method(*graph.inputs)
+        torch._foreach_copy_(tensors(graph.inputs), tensors(args))
+        graph.captured.replay()
+        return graph.result
+
+    return call
+
+
+class RunFolder(contextlib.AbstractContextManager):
+    """What a run leaves on disk; evaluate(agent, args, step, video_dir) returns a row of eval.csv."""
+
+    def __init__(self, args, env: gym.Env, agent, buffer, evaluate):
+        self.args, self.env, self.agent, self.buffer, self.evaluation = args, env, agent, buffer, evaluate
+        self.step, self.episode, self.rows, self.saved, self.last_time = 0, 0, [], 0, 0.0
+        self.writer, self.began, self.complete = None, time.perf_counter(), False
+        for name in agent.captured if agent.device.type == "cuda" and args.cuda_graphs else ():
+            setattr(agent, name, captured(getattr(agent, name)))
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        if args.resume:
+            self.restore()
+        else:  # everything that can be wrong is asked before a file is touched
+            self.evaluate()
+            self.save("checkpoint.pt")
+        if not self.complete:
+            self.write_args()
+        self.last_step, self.last_time = self.step, time.perf_counter()
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.writer:
+            self.writer.close()
+        self.env.close()
+        if isinstance(error, SystemExit):
+            again = f"python {sys.argv[0]} --resume {self.path}"
+            print(f"stopped at step {self.step}; to continue: {again}", file=sys.stderr)
+        if isinstance(error, BadInput | RunFailed | OSError):
+            kind = BadInput if isinstance(error, BadInput) else RunFailed
+            raise kind(f"step {self.step}: {error}; {self.path} keeps its last good checkpoint") from error
+
+    def steps(self, at_once: int = 1):
+        """The numbers of the steps that are left to take, or of every at_once-th."""
+        total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
+        if self.complete:
+            return print(f"{self.path} is complete: {total} steps")
+        with tqdm(total=total, initial=self.step, mininterval=pace) as self.bar:
+            while self.step < total:
+                self.step += at_once
+                yield self.step
+                self.bar.update(at_once)
+        self.save("final.pt")
+        print(f"done: {self.path}")
+
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 2)
+
+    def speed(self) -> dict[str, float]:
+        """Steps per second since the last call, evaluations left out, and the time taken so far."""
+        steps, took = self.step - self.last_step, time.perf_counter() - self.last_time
+        self.last_step, self.last_time = self.step, time.perf_counter()
+        return {"charts/SPS": steps / took, "time/seconds": self.seconds()}
+
+    def log(self, scalars: dict[str, object]) -> None:
+        """Points in TensorBoard. Raises RunFailed for a number that is not finite."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
+
+    def end_episode(self, episode: dict[str, float], count: int = 1) -> None:
+        """Log it, perhaps save: only between episodes is the task's state no more than its generator's."""
+        self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
+        self.episode += count
+        if self.step - self.saved >= self.args.checkpoint_every and self.step < self.args.total_timesteps:
+            self.save("checkpoint.pt")
+
+    def evaluate(self) -> None:
+        """A row of eval.csv, points in TensorBoard, a line on the screen; training is not touched."""
+        before, agent, videos = time.perf_counter(), self.agent, self.path / "videos" / f"step-{self.step}"
+        kept = {name: getattr(agent, name).clone() for name in getattr(agent, "acting", ())}
+        with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + 100)
+            row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
+        for name, remembered in kept.items():
+            getattr(agent, name).copy_(remembered)
+        self.rows.append(row | {"seconds": self.seconds()})
+        self.write_rows()
+        more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
+        text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
+        tqdm.write(text + more)
+        tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
+        self.last_time += (took := time.perf_counter() - before)
+        self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
+
+    def write_rows(self) -> None:
+        """eval.csv; a run's folder and events begin with its first row, so that nothing is left of less."""
+        if not self.writer:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
+            except OSError as error:
+                require(
+                    False, "runs_dir", self.path.parent, f"a folder that can be written: {error.strerror}"
+                )
+        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
+        self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
+
+    def write_args(self) -> None:
+        """For people and tools: the arguments, the versions that bits depend on, this file's commit."""
+        describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+        git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
+        record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        record |= {m.__name__: m.__version__ for m in (torch, np, gym, sys.modules.get("mujoco")) if m}
+        text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
+        self.write("args.json", lambda file: file.write(text.encode()))
+
+    def write(self, name: str, write) -> None:
+        """write(file), fsync, rename: the file holds old bytes or new. Raises RunFailed."""
+        path, temporary = self.path / name, self.path / f"{name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.suffix == ".pt" and path.exists():
+                path.replace(path.with_suffix(".previous.pt"))
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
             temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path}: {error}") from error
+            raise RunFailed(f"cannot write {path}: {error}") from error
 
+    def save(self, name: str) -> None:
+        """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
+        agent, on_gpu = self.agent.state_dict(), self.agent.device.type == "cuda"
+        for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
+            if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+                raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
+        state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "seconds": self.seconds()}
+        state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if on_gpu else None}
+        state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
+        self.writer.flush()
+        self.write(name, lambda file: torch.save(state, file))
+        self.saved = self.step
 
-def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows), ""]
-    write_atomically(run_dir / "eval.csv", lambda file: file.write("\n".join(lines).encode()))
-
-
-def write_args(run_dir: Path, args: "Args") -> None:
-    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
-    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version()}
-    for name in ("torch", "numpy", "gymnasium", "mujoco"):
-        with contextlib.suppress(PackageNotFoundError):
-            record[name] = version(name)
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).resolve().parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    try:
-        record["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        record["git_commit"] = None
-    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
-    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]:
-        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
-            name = ".".join(str(getattr(key, "key", key)) for key in keys)
-            raise RunFailed(f"step {state['step']}: {name} is not finite")
-    write_atomically(path, lambda file: torch.save(state, file), path.with_suffix(".previous.pt"))
+    def restore(self) -> None:
+        """Go on from the newest checkpoint. Raises BadInput where the run would not be one and the same."""
+        saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"
+        longer = args.total_timesteps > saved["args"]["total_timesteps"]
+        for name, value in (saved["args"] | {"resume": args.resume}).items():
+            same = getattr(args, name) == value or (longer and name == "total_timesteps")
+            allowed = f"{value} as in {self.path}: a resumed run may only get more --total-timesteps"
+            require(same, name, getattr(args, name), allowed)
+        there, here = "cpu" if saved["cuda_rng"] is None else "cuda", self.agent.device.type
+        require(there == here, "device", here, f"{there} as in {self.path}")
+        self.complete = final.exists() and not longer
+        if self.complete:
+            return
+        try:
+            self.agent.load_state_dict(saved["agent"])
+            self.buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {self.path}: must fit the task as it is now: {error}") from error
+        self.step, self.episode, self.rows = saved["step"], saved["episode"], saved["rows"]
+        self.saved, self.began = self.step, self.began - saved["seconds"]
+        self.env.unwrapped.np_random.bit_generator.state = json.loads(saved["task_rng"])
+        torch.set_rng_state(saved["torch_rng"])
+        if here == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        final.unlink(missing_ok=True)
+        self.write_rows()
+        if longer:  # a run's length is part of its checkpoint
+            self.save("checkpoint.pt")
+        print(f"resuming {self.path} at step {self.step}")
 
 
 def load_checkpoint(run_dir: Path) -> dict:
     """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
     path = run_dir / "checkpoint.pt"
-    if not path.exists():  # killed between the two renames of save_checkpoint
-        path = path.with_suffix(".previous.pt")
-    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    path = path if path.exists() else path.with_suffix(".previous.pt")  # killed between two renames
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = (state["algo"], state["format"])
-    except Exception as error:  # damaged files raise many types
-        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
-        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
-    ours = f"a run of {ALGO}, format {CHECKPOINT_FORMAT}"
-    require(
-        found == (ALGO, CHECKPOINT_FORMAT), "resume", run_dir, f"{ours}, not {found[0]}, format {found[1]}"
-    )
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        found, ours = f"{state['algo']}, format {state['format']}", f"{ALGO}, format {FORMAT}"
+    except Exception as error:  # missing and damaged files raise many types
+        hint = "an unreadable one may be deleted to fall back on checkpoint.previous.pt"
+        raise BadInput(f"--resume {run_dir}: must be a run folder with a checkpoint.pt; {hint}") from error
+    require(found == ours, "resume", run_dir, f"a run of {ours}, not {found}")
     return state
 
 
-@contextlib.contextmanager
-def staged(run_dir: Path):
-    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
-    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
-    try:
+def parse(argv: list[str] | None = None):
+    """Args from the command line over a run's own, or what `Args.defaults` makes of it. Raises BadInput."""
+
+    def read(defaults: dict) -> dict:
+        groups = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+        kinds = [(type(g).__name__, tyro.conf.OmitArgPrefixes[type(g)]) for g in groups]
+        flags = dataclasses.make_dataclass("Flags", kinds)(*groups)
         try:
-            hidden.mkdir(parents=True)
-        except OSError as error:
-            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
-        yield hidden
-        hidden.rename(run_dir)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in parents:
-                parent.rmdir()
-        raise
+            with contextlib.redirect_stderr(io.StringIO()) as box:
+                parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+            raise BadInput(re.split(" Argument helptext| For full", " ".join(lines))[0].strip()) from None
+        return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
-
-def train_episodic(args: "Args") -> Path:
-    """Start or resume a run of cycles: episodes side by side, then updates. Returns its folder.
-
-    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
-    """
-    torch.set_num_threads(args.num_threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    task = study(args.env_id, args.seed)
-    for name in ("horizon", "model_steps"):  # held-out windows and those of the loss fit into an episode
-        require(getattr(args, name) <= task.length, name, getattr(args, name), f"at most {task.length} here")
-    agent = Agent(args, task, device)
-    per_cycle = args.num_envs * task.length
-    needed = max(2, -(-args.total_timesteps // per_cycle)) * per_cycle
-    replay = agent.make_buffer(min(args.buffer_size, needed))
-    envs, eval_envs = (make_goal_envs(args.env_id, args.num_envs, args.env_threads) for _ in range(2))
-    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
-
-    def seconds() -> float:
-        return round(seconds_before + time.perf_counter() - started, 2)
-
-    def evaluate_into(folder: Path) -> None:
-        video_dir = folder / "videos" / f"step-{step}" if args.capture_video else None
-        row = evaluate_goals(agent, args, eval_envs, step, video_dir)
-        rows.append(row | {"seconds": seconds()})
-        write_evaluations(folder, rows)
-        text = f"{row['return_mean']:9.2f} ± {row['return_std']:.2f}  success {row['success_rate']:.2f}"
-        tqdm.write(f"step {step:>8}  evaluation return {text}")
-
-    def save(path: Path) -> None:
-        """Between cycles the tasks have no state: an episode's number determines its start and goal."""
-        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
-        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
-        state |= {"torch_rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": replay.state_dict()})
-
-    if args.resume:
-        run_dir = Path(args.resume)
-        saved = load_checkpoint(run_dir)
-        for name, value in saved["args"].items():
-            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
-            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
-            require(given == value or name == "resume" or longer, name, given, allowed)
-        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
-        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
-            print(f"{run_dir} is complete: {args.total_timesteps} steps")
-            return run_dir
-        written_on = "cpu" if saved["cuda_rng"] is None else "cuda"
-        require(written_on == device.type, "device", device.type, f"{written_on} as in {run_dir}")
-        try:
-            agent.load_state_dict(saved["agent"])
-            replay.load_state_dict(saved["buffer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise BadInput(f"--resume {run_dir}: must fit the task as it is now: {error}") from error
-        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
-        torch.set_rng_state(saved["torch_rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-        (run_dir / "final.pt").unlink(missing_ok=True)
-        write_args(run_dir, args)
-        write_evaluations(run_dir, rows)
-        print(f"resuming {run_dir} at step {step}")
-        del saved
-    else:
-        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
-        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
-            evaluate_into(folder)
-            write_args(folder, args)
-            save(folder / "checkpoint.pt")
-
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else 0)
-    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    def log(scalars: dict[str, object]) -> None:
-        for name, value in scalars.items():
-            if not math.isfinite(value := float(value)):
-                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
-            writer.add_scalar(name, value, step)
-
-    def log_evaluation() -> None:
-        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
-        log({"eval/success_rate": rows[-1]["success_rate"]})
-
-    last_save = step
-    try:
-        if step == 0:
-            log_evaluation()
-        while step < args.total_timesteps:
-            before = time.perf_counter()
-            warm_up = step < args.learning_starts
-            policy = lambda *_: 2 * torch.rand(args.num_envs, task.action_dim).numpy() - 1  # noqa: E731
-            played = play(envs, task, episode, args.seed, step, policy if warm_up else agent.act_for)
-            replay.add(played.obs.to(device), played.action.to(device), played.goal.to(device))
-            step, episode = step + per_cycle, episode + args.num_envs
-            collected = time.perf_counter()
-            metrics = {name: float(value) for name, value in agent.update(replay, step).items()}
-            now = time.perf_counter()
-            log(metrics | {"charts/SPS": per_cycle / (now - before), "time/seconds": seconds()})
-            log({"time/collection": collected - before, "time/updates": now - collected})
-            log(
-                {
-                    "charts/episodic_return": played.episode_return.mean(),
-                    "charts/episodic_length": task.length,
-                }
-            )
-            log({"charts/success_rate": played.success.mean()})
-            bar.update(per_cycle)
-            bar.set_postfix_str(f"success={played.success.mean():.2f}", refresh=False)
-
-            done = step >= args.total_timesteps
-            if step // args.eval_every > (step - per_cycle) // args.eval_every or done:
-                before = time.perf_counter()
-                evaluate_into(run_dir)
-                log_evaluation()
-                log({"time/evaluation": time.perf_counter() - before})
-            if step - last_save >= args.checkpoint_every and not done:
-                writer.flush()
-                save(run_dir / "checkpoint.pt")
-                last_save = step
-        writer.flush()
-        save(run_dir / "final.pt")
-    except SystemExit:
-        again = f"python {sys.argv[0]} --resume {run_dir}"
-        bar.close()
-        print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-        writer.close()
-        envs.close()
-        eval_envs.close()
-    last = "last evaluation {return_mean:.2f} ± {return_std:.2f}, success {success_rate:.2f}".format(
-        **rows[-1]
-    )
-    print(f"done: {run_dir}, {last}")
-    return run_dir
-
-
-def parse(argv: list[str] | None = None) -> "Args":
-    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
-
-    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
-    """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--resume", nargs="?")
-    resume, defaults = peek.parse_known_args(argv)[0].resume, Args.defaults(argv)
-    if resume:
-        try:
-            defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {resume}: must be a run folder with a readable args.json") from error
-    values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
-    groups = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in Args.__bases__]
-    flags, box = dataclasses.make_dataclass("Flags", groups), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
-        text = " ".join(line for line in lines if line.strip("-"))
-        text = re.split(" Argument helptext| For full helptext", text)[0]
-        raise BadInput(re.sub(r"^Error parsing \w+: ", "", text)) from None
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    values = read(dataclasses.asdict(Args()))
+    if run := values["resume"]:
+        saved = load_checkpoint(Path(run))["args"]
+        same = f"a run of this file as it is now; they differ in {sorted(saved.keys() ^ values.keys())}"
+        require(saved.keys() == values.keys(), "resume", run, same)
+        values = read(saved)
+    elif hasattr(Args, "defaults"):
+        values = read(Args.defaults(values))
+    return Args(**values)
 
 
 def stop_after_this_step(number: int, _: object) -> None:

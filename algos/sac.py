@@ -206,14 +206,11 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
-
-    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
-    """
+    """Ring of transitions in float32, with each one's episode; BadInput if memory is too small for it."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-        row_bytes = 2 * (4 * sum(self.widths) + 4)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)  # with its copy in a checkpoint
         most = int(0.9 * available_memory(device) / row_bytes)
         require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
@@ -398,25 +395,23 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 def check(args) -> None:
     """Raise BadInput for an argument out of the range in its annotation, or at odds with another."""
     for field in dataclasses.fields(args):
-        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
-        for low, high in limits:
+        value = getattr(args, field.name)
+        for low, high in (x for x in get_args(field.type) if isinstance(x, tuple) and value is not None):
             allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            fit = value is None or (low <= value <= high and value < math.inf)
-            require(fit, field.name, value, allowed)
+            require(low <= value <= high and value < math.inf, field.name, value, allowed)
     batch, warm_up, total = args.batch_size, args.learning_starts, args.total_timesteps
     require(batch <= warm_up, "batch_size", batch, f"at most --learning-starts {warm_up}")
     require(warm_up < total, "learning_starts", warm_up, f"below --total-timesteps {total}")
     require(batch <= args.buffer_size, "buffer_size", args.buffer_size, f"at least --batch-size {batch}")
-    usable = args.device != "cuda" or torch.cuda.is_available()
-    require(usable, "device", args.device, "auto or cpu here: torch finds no CUDA device")
 
 
 def prepare(args) -> torch.device:
-    """Threads, seed and determinism as the arguments say; returns the device."""
+    """Threads, seed and determinism as the arguments say; returns the device. Raises BadInput."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "auto or cpu here: torch finds no CUDA device")
     torch.set_num_threads(args.num_threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    cuda = args.device != "cpu" and torch.cuda.is_available()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cuda)
     return torch.device("cuda" if cuda else "cpu")
@@ -431,12 +426,14 @@ def available_memory(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def finite(name: str, value) -> np.ndarray:
-    """What a task gave, as float32. Raises BadInput if it is no array of finite numbers."""
+def finite(name: str, value, error=BadInput) -> np.ndarray:
+    """The value as float32, or the error. Here, several times in each step, a signal ends the run."""
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
     with np.errstate(over="ignore"), contextlib.suppress(TypeError, ValueError):
         if np.isfinite(result := np.asarray(value, np.float32)).all():
             return result
-    raise BadInput(f"the task's {name} must be finite in float32, got {value}")
+    raise error(f"{name} must be finite in float32, got {value}")
 
 
 def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
@@ -448,34 +445,27 @@ def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
             env.render()
             env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
     except Exception as error:  # tasks and renderers fail in many ways
-        why = f"{type(error).__name__}: {error}"
-        require(not video_dir, "capture_video", True, f"off where rendering fails: {why}")
-        require(False, "env_id", env_id, f"a task that can be made: {why}")
+        require(not video_dir, "capture_video", True, f"off where rendering fails: {error!r}")
+        require(False, "env_id", env_id, f"a task that can be made: {error!r}")
     box = env.action_space
     real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
-    bounded = real and box.is_bounded() and (box.low < box.high).all()
-    require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    fit = real and box.is_bounded() and (box.low < box.high).all()
+    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
     flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
-
-    def fit(action: np.ndarray) -> np.ndarray:
-        if SIGNALS:  # between two steps, in training and evaluation
-            raise SystemExit(128 + SIGNALS[0])
-        if not np.isfinite(action).all():
-            raise RunFailed(f"the agent's action is not finite: {action}")
-        return np.clip(action, flat.low, flat.high).reshape(box.shape)  # rounding overshoots
-
-    env = gym.wrappers.TransformAction(env, fit, flat)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    clip = lambda action: np.clip(finite("the agent's action", action, RunFailed), flat.low, flat.high)  # noqa: E731
+    env = gym.wrappers.TransformAction(env, lambda action: clip(action).reshape(box.shape), flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # whose rounding overshoots
 
 
 def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The task with flat observations, finite in float32 as its rewards are, and an episode's statistics."""
+    """open_task with flat observations, they and rewards finite in float32, and episodes' statistics."""
     env = open_task(env_id, video_dir)
-    space, width = env.observation_space, (math.prod(env.observation_space.shape or ()),)
+    space = env.observation_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
-    seen, space = lambda obs: finite("observation", obs).ravel(), gym.spaces.Box(-np.inf, np.inf, width)
-    paid = lambda reward: float(reward) if finite("reward", reward) is not None else 0.0  # noqa: E731
-    env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, space), paid)
+    flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
+    seen = lambda obs: finite("the task's observation", obs).ravel()  # noqa: E731
+    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]  # noqa: E731
+    env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -489,19 +479,15 @@ def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
 def captured(method):
     """A method of tensors as CUDA graphs, one for each signature: shapes of tensors, values of the rest.
 
-    Three calls are ordinary, on a side stream as capture demands. The next is captured, which executes nothing;
-    from then on a call copies its tensors into the captured ones and replays. So the method may read no tensor
-    and change only the agent's own, and its next call overwrites what it returned.
+    It may read no tensor and change only the agent's own; its next call overwrites what it returned.
     """
-    graphs = {}
+    graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
     def call(*args):
-        leaves, form = pytree.tree_flatten(args)
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        signature = tuple(x.shape if isinstance(x, Tensor) else x for x in leaves)
+        signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
         graph = graphs.setdefault(signature, SimpleNamespace(calls=0))
         graph.calls += 1
-        if graph.calls <= 3:
+        if graph.calls <= 3:  # ordinary calls, on a side stream as capture demands
             main, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
@@ -509,12 +495,11 @@ def captured(method):
             main.wait_stream(side)
             return result
         if graph.calls == 4:
-            graph.captured, graph.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
-            static = iter(graph.inputs)
-            leaves = [next(static) if isinstance(x, Tensor) else x for x in leaves]
-            with torch.cuda.graph(graph.captured):
-                graph.result = method(*pytree.tree_unflatten(leaves, form))
-        torch._foreach_copy_(graph.inputs, tensors)
+            graph.captured = torch.cuda.CUDAGraph()
+            graph.inputs = pytree.tree_map_only(Tensor, torch.clone, args)
+            with torch.cuda.graph(graph.captured):  # executes nothing
+                graph.result = method(*graph.inputs)
+        torch._foreach_copy_(tensors(graph.inputs), tensors(args))
         graph.captured.replay()
         return graph.result
 
@@ -522,10 +507,7 @@ def captured(method):
 
 
 class RunFolder(contextlib.AbstractContextManager):
-    """A run and what it leaves on disk: args.json, eval.csv, TensorBoard's events, checkpoints, videos.
-
-    evaluate(agent, args, step, video_dir) returns a row of eval.csv. A run goes on from its checkpoint alone.
-    """
+    """What a run leaves on disk; evaluate(agent, args, step, video_dir) returns a row of eval.csv."""
 
     def __init__(self, args, env: gym.Env, agent, buffer, evaluate):
         self.args, self.env, self.agent, self.buffer, self.evaluation = args, env, agent, buffer, evaluate
@@ -535,6 +517,9 @@ class RunFolder(contextlib.AbstractContextManager):
             setattr(agent, name, captured(getattr(agent, name)))
         name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        there = next(p for p in (self.path.absolute() / "x").parents if p.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+        require(writable, "runs_dir", args.runs_dir, "a folder that can be written")
         if args.resume:
             self.restore()
         else:  # everything that can be wrong is asked before a file is touched
@@ -580,9 +565,7 @@ class RunFolder(contextlib.AbstractContextManager):
     def log(self, scalars: dict[str, object]) -> None:
         """Points in TensorBoard. Raises RunFailed for a number that is not finite."""
         for name, value in scalars.items():
-            if not math.isfinite(value := float(value)):
-                raise RunFailed(f"{name} is {value}")
-            self.writer.add_scalar(name, value, self.step)
+            self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
 
     def end_episode(self, episode: dict[str, float], count: int = 1) -> None:
         """Log it, perhaps save: only between episodes is the task's state no more than its generator's."""
@@ -593,34 +576,39 @@ class RunFolder(contextlib.AbstractContextManager):
             self.save("checkpoint.pt")
 
     def evaluate(self) -> None:
-        """Evaluate the agent: a row of eval.csv, points in TensorBoard, a line on the screen."""
-        before, videos = time.perf_counter(), self.path / "videos" / f"step-{self.step}"
-        agent, seed = self.agent, self.args.seed + 100
+        """A row of eval.csv, points in TensorBoard, a line on the screen; training is not touched."""
+        before, agent, videos = time.perf_counter(), self.agent, self.path / "videos" / f"step-{self.step}"
         kept = {name: getattr(agent, name).clone() for name in getattr(agent, "acting", ())}
         with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # a generator of its own, and what the agent remembers is put back
+            torch.manual_seed(self.args.seed + 100)
             row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
-        for name, tensor in kept.items():
-            getattr(agent, name).copy_(tensor)
+        for name, remembered in kept.items():
+            getattr(agent, name).copy_(remembered)
         self.rows.append(row | {"seconds": self.seconds()})
-        if not self.writer:  # a new run leaves nothing on disk before it has come this far
-            self.open()
         self.write_rows()
-        text = f"{row['return_mean']:9.2f} ± {row['return_std']:.2f}"
-        text += "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
-        tqdm.write(f"step {self.step:>8}  evaluation return {text}")
+        more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
+        text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
+        tqdm.write(text + more)
         tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
-        points = {k: v for k, v in row.items() if k not in ("step", "return_std", "episodes")}
         self.last_time += (took := time.perf_counter() - before)
-        self.log({f"eval/{tags.get(k, k)}": v for k, v in points.items()} | {"time/evaluation": took})
+        self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
 
-    def open(self) -> None:
-        """The folder, with TensorBoard's events up to this step."""
-        try:
+    def write_rows(self) -> None:
+        """eval.csv; a run's folder and events begin with its first row, so that nothing is left of less."""
+        if not self.writer:
             self.path.mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
-        except OSError as error:
-            require(False, "runs_dir", self.args.runs_dir, f"a folder that can be written: {error.strerror}")
+        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
+        self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
+
+    def write_args(self) -> None:
+        """For people and tools: the arguments, the versions that bits depend on, this file's commit."""
+        describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+        git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
+        record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        record |= {m.__name__: m.__version__ for m in (torch, np, gym, sys.modules.get("mujoco")) if m}
+        text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
+        self.write("args.json", lambda file: file.write(text.encode()))
 
     def write(self, name: str, write) -> None:
         """write(file), fsync, rename: the file holds old bytes or new. Raises RunFailed."""
@@ -637,40 +625,17 @@ class RunFolder(contextlib.AbstractContextManager):
             temporary.unlink(missing_ok=True)
             raise RunFailed(f"cannot write {path}: {error}") from error
 
-    def write_rows(self) -> None:
-        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
-        self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
-
-    def write_args(self) -> None:
-        """For people and tools: the arguments, the versions that bits depend on, this file's commit."""
-        describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
-        git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True).stdout.strip()
-        versions = {
-            n: sys.modules[n].__version__
-            for n in ("torch", "numpy", "gymnasium", "mujoco")
-            if n in sys.modules
-        }
-        record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
-        text = json.dumps(record | versions | {"git_commit": git or None}, indent=2)
-        self.write("args.json", lambda file: file.write(text.encode()))
-
     def save(self, name: str) -> None:
         """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
-        args, agent = dataclasses.asdict(self.args) | {"resume": ""}, self.agent.state_dict()
+        agent, on_gpu = self.agent.state_dict(), self.agent.device.type == "cuda"
         for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
             if isinstance(leaf, Tensor) and not leaf.isfinite().all():
                 raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
-        state = {
-            "algo": ALGO,
-            "format": FORMAT,
-            "args": args,
-            "agent": agent,
-            "buffer": self.buffer.state_dict(),
-        }
+        state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
         state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "seconds": self.seconds()}
         state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
-        cuda = torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None
-        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if on_gpu else None}
+        state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
         self.writer.flush()
         self.write(name, lambda file: torch.save(state, file))
         self.saved = self.step
@@ -678,15 +643,14 @@ class RunFolder(contextlib.AbstractContextManager):
     def restore(self) -> None:
         """Go on from the newest checkpoint. Raises BadInput where the run would not be one and the same."""
         saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"
-        total, only = saved["args"]["total_timesteps"], "a resumed run may only get more --total-timesteps"
+        longer = args.total_timesteps > saved["args"]["total_timesteps"]
         for name, value in (saved["args"] | {"resume": args.resume}).items():
-            same = getattr(args, name) == value or (
-                name == "total_timesteps" and args.total_timesteps > value
-            )
-            require(same, name, getattr(args, name), f"{value} as in {self.path}: {only}")
+            same = getattr(args, name) == value or (longer and name == "total_timesteps")
+            allowed = f"{value} as in {self.path}: a resumed run may only get more --total-timesteps"
+            require(same, name, getattr(args, name), allowed)
         there, here = "cpu" if saved["cuda_rng"] is None else "cuda", self.agent.device.type
         require(there == here, "device", here, f"{there} as in {self.path}")
-        self.complete = final.exists() and total == args.total_timesteps
+        self.complete = final.exists() and not longer
         if self.complete:
             return
         try:
@@ -701,53 +665,47 @@ class RunFolder(contextlib.AbstractContextManager):
         if here == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"])
         final.unlink(missing_ok=True)
-        self.open()
         self.write_rows()
-        if total != args.total_timesteps:  # a run's length is part of its checkpoint
+        if longer:  # a run's length is part of its checkpoint
             self.save("checkpoint.pt")
-        print(f"resuming {self.path} at step {self.step}")
 
 
 def load_checkpoint(run_dir: Path) -> dict:
     """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
     path = run_dir / "checkpoint.pt"
     path = path if path.exists() else path.with_suffix(".previous.pt")  # killed between two renames
-    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         found, ours = f"{state['algo']}, format {state['format']}", f"{ALGO}, format {FORMAT}"
-    except Exception as error:  # damaged files raise many types
-        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
-        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
+    except Exception as error:  # missing and damaged files raise many types
+        hint = "an unreadable one may be deleted to fall back on checkpoint.previous.pt"
+        raise BadInput(f"--resume {run_dir}: must be a run folder with a checkpoint.pt; {hint}") from error
     require(found == ours, "resume", run_dir, f"a run of {ours}, not {found}")
     return state
 
 
 def parse(argv: list[str] | None = None):
-    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
-
-    Defaults are those of Args, or with --resume the run's own, or what Args.defaults makes of what is given.
-    """
+    """Args from the command line over a run's own, or what `Args.defaults` makes of it. Raises BadInput."""
 
     def read(defaults: dict) -> dict:
-        groups = {g: g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__}
-        names = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in groups]
-        flags = dataclasses.make_dataclass("Flags", names)
+        groups = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+        kinds = [(type(g).__name__, tyro.conf.OmitArgPrefixes[type(g)]) for g in groups]
+        flags = dataclasses.make_dataclass("Flags", kinds)(*groups)
         try:
             with contextlib.redirect_stderr(io.StringIO()) as box:
-                parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*groups.values()))
+                parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags)
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            lines = " ".join(line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:])  # its frame
-            raise BadInput(re.split(" Argument helptext| For full helptext", lines)[0].strip()) from None
+            lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+            raise BadInput(re.split(" Argument helptext| For full", " ".join(lines))[0].strip()) from None
         return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
     values = read(dataclasses.asdict(Args()))
-    if values["resume"]:
-        saved = load_checkpoint(Path(values["resume"]))["args"]
-        other = ", ".join(sorted(saved.keys() ^ values.keys()))
-        require(not other, "resume", values["resume"], f"a run of this file as it is; they differ in {other}")
+    if run := values["resume"]:
+        saved = load_checkpoint(Path(run))["args"]
+        same = f"a run of this file as it is now; they differ in {sorted(saved.keys() ^ values.keys())}"
+        require(saved.keys() == values.keys(), "resume", run, same)
         values = read(saved)
     elif hasattr(Args, "defaults"):
         values = read(Args.defaults(values))

@@ -13,6 +13,7 @@ extra `bench`.
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 import shutil
@@ -31,7 +32,8 @@ COLOURS = [
     "#56B4E9",
 ]  # Okabe and Ito: safe for all eyes
 NOT_SETTINGS = """env_id seed total_timesteps learning_starts eval_every eval_episodes log_every
-    checkpoint_every runs_dir resume device num_threads env_threads capture_video diagnose_every""".split()
+    checkpoint_every runs_dir resume device cuda_graphs num_threads env_threads capture_video
+    diagnose_every""".split()
 KNOWN: dict[tuple, dict] = {}  # defaults by file, presets and task, as they are found
 
 
@@ -39,9 +41,11 @@ def name_of(algo: str, args: dict) -> str:
     """`default`, or the arguments that matter for learning and differ from the defaults of the file."""
     from launch import load
 
-    presets = tuple(f"--{n}={args[n]}" for n in ("preset", "schedule", "env_id") if n in args)
+    presets = tuple((name, args[name]) for name in ("preset", "schedule", "env_id") if name in args)
     if (algo, presets) not in KNOWN:
-        KNOWN[algo, presets] = load(algo).Args.defaults(list(presets))
+        kind = load(algo).Args
+        plain = dataclasses.asdict(kind())
+        KNOWN[algo, presets] = kind.defaults(plain | dict(presets)) if hasattr(kind, "defaults") else plain
     defaults = KNOWN[algo, presets]
     changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults.get(n)]
     if "horizon" in args:
@@ -51,8 +55,8 @@ def name_of(algo: str, args: dict) -> str:
 
 def settings_of(folder: Path, algo: str) -> str | None:
     """The settings of a complete run, None if it is not complete. Raises ValueError for a foreign one."""
-    if not (folder / "args.json").exists():
-        return "default"  # of a library, not ours
+    if not (folder / "args.json").exists():  # of a library, or of ours that was killed in its first moments
+        return None if (ROOT / "algos" / f"{algo}.py").exists() else "default"
     if not (folder / "final.pt").exists():
         return None
     try:
@@ -65,7 +69,7 @@ def settings_of(folder: Path, algo: str) -> str | None:
 def export(runs: Path, target: Path) -> int:
     """Copy the eval.csv of every complete run below `runs`; returns how many."""
     placed: dict[Path, Path] = {}
-    for path in sorted(runs.glob("[!.]*__*__*__*/eval.csv")):
+    for path in sorted(runs.glob("*__*__*__*/eval.csv")):
         folder = path.parent
         env_id, algo, seed, _ = folder.name.rsplit("__", 3)
         settings = settings_of(folder, algo)
@@ -140,7 +144,7 @@ def scalars(runs: Path, tags: list[str], every: int) -> list[dict]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = []
-    for folder in sorted(path.parent for path in runs.glob("[!.]*__*__*__*/args.json")):
+    for folder in sorted(path.parent for path in runs.glob("*__*__*__*/args.json")):
         env_id, algo, seed, _ = folder.name.rsplit("__", 3)
         settings = settings_of(folder, algo)
         if settings is None:

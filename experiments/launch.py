@@ -8,9 +8,9 @@ What follows -- goes to every algorithm that has the flag (--horizon means nothi
 prints the exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own;
 it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh or with
 flags after --. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its
-arguments agree, so the same line can be given again after a crash, or with more seeds. --ray hands the same
-runs to a Ray cluster (docs/cluster.md). Exit code: 0 when every run is complete, 1 when some failed (named,
-with their logs), 2 for a mistake.
+arguments agree, so the same line can be given again after a crash, or with more seeds. docs/gpu.md says how
+several share a GPU; --ray hands the same runs to a Ray cluster (docs/cluster.md). Exit code: 0 when every run
+is complete, 1 when some failed (named, with their logs), 2 for a mistake.
 """
 
 import argparse
@@ -134,22 +134,38 @@ def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]
     return about, [*included, *({**block, "suite": path.stem} for block in blocks)]
 
 
-def find_run(runs_dir: Path, algo: str, wanted: dict) -> Path | None:
-    """The newest run folder with exactly these arguments."""
+def find_run(runs_dir: Path, algo: str, wanted: dict, any_version: bool = False) -> Path | None:
+    """The newest run folder with exactly these arguments, complete or with a checkpoint to go on from.
+
+    A run of a version of the file that had other arguments cannot be resumed: it is named once and left
+    alone, but with any_version, for those who only read it.
+    """
+    names = {field.name for field in dataclasses.fields(load(algo).Args)}
     for folder in sorted(
-        runs_dir.glob(f"[!.]*__{algo}__*"), key=lambda path: path.name.split("__")[-1], reverse=True
+        runs_dir.glob(f"*__{algo}__*"), key=lambda path: path.name.split("__")[-1], reverse=True
     ):
         try:
             record = json.loads((folder / "args.json").read_text())
         except (OSError, ValueError):
             continue
         saved = record.get("args", {})
-        same = all(
-            saved.get(name) == value for name, value in wanted.items() if name not in ("runs_dir", "resume")
-        )
-        if record.get("algo") == algo and same:
+        common = [name for name in wanted if name in saved and name not in ("runs_dir", "resume")]
+        if record.get("algo") != algo or any(saved[name] != wanted[name] for name in common):
+            continue
+        if any_version and wanted.keys() <= saved.keys():
+            return folder
+        if other := names ^ saved.keys():
+            why = f"is of another version of {algo}.py, which differs in {', '.join(sorted(other))}"
+            note(f"{folder} {why}: neither resumed nor counted")
+        elif any((folder / f"{name}.pt").exists() for name in ("final", "checkpoint", "checkpoint.previous")):
             return folder
     return None
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say it on stderr, once."""
+    print(text, file=sys.stderr)
 
 
 def place_of(job: Job) -> str:
@@ -382,6 +398,26 @@ def table(jobs: list[Job]) -> str:
     return "\n".join(lines)
 
 
+def mps_answers() -> bool:
+    """Whether NVIDIA's Multi-Process Service runs here: without it processes take turns on a GPU."""
+    asked = {"input": "get_server_list\n", "capture_output": True, "text": True, "timeout": 10}
+    try:
+        answer = subprocess.run(["nvidia-cuda-mps-control"], **asked)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0 and "Cannot find" not in answer.stdout + answer.stderr
+
+
+def hint_at_mps(jobs: list[Job], workers: int) -> None:
+    """One line for those who are about to let several runs take turns on a GPU."""
+    import torch
+
+    together = min(workers, sum(job.wanted["device"] != "cpu" for job in jobs))
+    if together > 1 and torch.cuda.is_available() and not mps_answers():
+        share = "NVIDIA's MPS lets them share it: nvidia-cuda-mps-control -d (docs/gpu.md)"
+        print(f"hint: {together} runs will take turns on the GPU; {share}", file=sys.stderr)
+
+
 def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_all=None) -> int:
     """Print the commands and, unless dry_run, run what is not finished; returns the exit code.
 
@@ -393,6 +429,8 @@ def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_a
     if dry_run or not todo:
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished")
         return 0
+    if not run_all:
+        hint_at_mps(todo, workers)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         (Path(runs_dir) / "logs").mkdir(parents=True, exist_ok=True)

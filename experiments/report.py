@@ -111,7 +111,7 @@ def read_all(runs: Path | None, results: Path | None, suites: list[str] | None =
         if not suites or suite in suites:
             found.append(read_curve(path, suite, task, method_of(algo, settings), path.stem))
     wanted = runs and (not suites or RUNS in suites)
-    for path in sorted(runs.glob("[!.]*__*__*__*/eval.csv")) if wanted else []:
+    for path in sorted(runs.glob("*__*__*__*/eval.csv")) if wanted else []:
         task, algo, seed, _ = path.parent.name.rsplit("__", 3)
         settings = settings_of(path.parent, algo)
         if settings is not None:
@@ -408,12 +408,9 @@ def export_suite(suite: str, runs: Path, results: Path) -> int:
 
     count = 0
     for job in suite_jobs(suite, str(runs), 1, [], fresh=True)[1]:
-        wanted = {
-            k: v
-            for k, v in job.wanted.items()
-            if k not in ("num_threads", "env_threads", "device", "capture_video")
-        }
-        folder = find_run(runs, job.algo, wanted)
+        anywhere = "num_threads env_threads device cuda_graphs capture_video".split()
+        wanted = {name: value for name, value in job.wanted.items() if name not in anywhere}
+        folder = find_run(runs, job.algo, wanted, any_version=True)
         if folder is not None and (folder / "final.pt").exists():
             path = results / job.suite / place_of(job) / f"{job.wanted['seed']}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,16 +134,16 @@ def load_run(run_dir: Path):
     return module, module.Args(**saved | {"device": "cpu"}), dict(sorted(states.items()))
 
 
-def collect(oracle, agent, args, simulator, env, number: int, rng: np.random.Generator) -> Starts:
+def collect(agent, args, simulator, env, number: int, rng: np.random.Generator) -> Starts:
     """`number` transitions of the stochastic policy, from at least 20 whole episodes and 2 x number steps."""
-    log, episode, obs = [], 0, env.reset(seed=args.seed + 1000)[0].astype(np.float32)
+    log, episode, obs = [], 0, env.reset(seed=args.seed + 1000)[0]
     while episode < 20 or len(log) < 2 * number:
         action = agent.act(obs)
-        next_obs, reward, terminated, truncated = oracle.take_step(env, action, 0)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
         log.append((obs, action, reward, next_obs, terminated, simulator.row(env.unwrapped), episode))
         obs = next_obs
         if terminated or truncated:
-            episode, obs = episode + 1, env.reset()[0].astype(np.float32)
+            episode, obs = episode + 1, env.reset()[0]
     chosen = rng.choice(len(log), number, replace=False)
     *columns, rows, episodes = (np.array([log[i][c] for i in chosen]) for c in range(7))
     columns = (torch.tensor(column, dtype=torch.float32) for column in columns)
@@ -271,7 +271,7 @@ def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int
         agent.load_state_dict(state)
         has_model = MODELS[module.ALGO] is not None and args.horizon > 0
         learned = MODELS[module.ALGO](agent) if has_model else None
-        starts = collect(oracle, agent, args, simulator, env, number, np.random.default_rng(args.seed))
+        starts = collect(agent, args, simulator, env, number, np.random.default_rng(args.seed))
         rows = compare(module, agent, learned, simulator, starts, horizon, repeats, args.gamma)
         table += [{"step": step} | row for row in rows]
         print(f"step {step}: {len(rows)} rows", file=sys.stderr)

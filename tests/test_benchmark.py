@@ -1,6 +1,10 @@
-"""benchmark.sh: exact commands, parallel runs, resuming, skipping, and failures that are never swallowed."""
+"""benchmark.sh: exact commands, parallel runs, resuming, skipping, and failures that are never swallowed.
+
+Also speed.py: real loops with a stopwatch, on the CPU; for a GPU what it would run.
+"""
 
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -11,8 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import ROOT, TINY, differing, load, run, sizes
+from tests.conftest import ALGOS, ROOT, TINY, differing, load, run, sizes
 
 
 def words(flags: dict) -> list[str]:
@@ -131,6 +136,7 @@ def test_failed_run_among_good_ones_is_named(tmp_path):
         (["--algos", "sac", "--", "--horizon", 3], "--horizon: must be a flag of at least one of sac"),
         (["--", "3"], "3: must be a flag"),
         (["--", "--gamma", 2], "--gamma 2.0: must be in [0, 1]"),
+        (["--", "--batch-size", 2000], "--batch-size 2000: must be at most --learning-starts 1000"),
     ],
 )
 def test_mistake_is_one_line(flags, expected, tmp_path):
@@ -201,6 +207,82 @@ def test_foreign_args_json_is_not_a_run_of_ours(tmp_path):
     folder.mkdir(parents=True)
     (folder / "args.json").write_text("{}")
     assert launch.find_run(tmp_path / "runs", "sac", {}) is None
+
+
+def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
+    """A folder without a checkpoint is passed over; one of a version with other arguments is named, once."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    folder = finished("sac", runs)
+    plan = lambda: launch.plan(["sac"], [TINY["env-id"]], ["1"], str(runs), 1, EXTRA)[0].state  # noqa: E731
+    assert plan() == "finished"
+    (folder / "final.pt").unlink()
+    assert plan() == "resumed"
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.previous.pt")  # killed between two renames
+    assert plan() == "resumed"
+    (folder / "checkpoint.previous.pt").unlink()
+    assert plan() == "new"
+    (folder / "checkpoint.pt").write_bytes(b"")
+    assert plan() == "resumed"  # its file says what is wrong with it
+    record = json.loads((folder / "args.json").read_text())
+    del record["args"]["cuda_graphs"]  # as in checkpoints of format 1
+    (folder / "args.json").write_text(json.dumps(record))
+    flags = ["--algos", "sac", "--env-ids", TINY["env-id"], "--seeds", 1, "--runs-dir", runs, "--dry-run"]
+    code, out, error = benchmark(*flags, "--", *EXTRA)
+    assert code == 0 and out.startswith("new ") and len(error.splitlines()) == 1
+    why = "is of another version of sac.py, which differs in cuda_graphs: neither resumed nor counted"
+    assert error.strip() == f"{folder} {why}"
+    (folder / "args.json").unlink()
+    code, out, error = benchmark(*flags, "--", *EXTRA)
+    assert code == 0 and out.startswith("new ") and not error
+
+
+def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, capsys):
+    """One line, where it is of use: a GPU, at least two runs at once that may use it, no daemon that answers."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    monkeypatch.setattr(
+        launch, "execute", lambda jobs, workers: [setattr(job, "outcome", "done") for job in jobs]
+    )
+    rest = [word for word in EXTRA if word not in ("--device", "cpu")]
+
+    def said(
+        workers: int, *flags: str, gpu: bool = True, mps: bool = False, seeds: str = "123", **more
+    ) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(launch, "mps_answers", lambda: mps)
+        jobs = launch.plan(["sac"], ["Pendulum-v1"], list(seeds), str(tmp_path), 1, [*rest, *flags])
+        assert (
+            launch.carry_out(jobs, str(tmp_path), workers, more.get("dry_run", False), more.get("run_all"))
+            == 0
+        )
+        return capsys.readouterr().err
+
+    assert re.fullmatch(r"hint: 2 runs will .*: nvidia-cuda-mps-control -d \(docs/gpu.md\)\n", said(2))
+    assert said(5).startswith("hint: 3 runs ")
+    assert said(1) == said(2, "--device", "cpu") == said(2, gpu=False) == said(2, mps=True) == ""
+    assert said(2, seeds="1") == said(2, dry_run=True) == ""
+    on_a_cluster = lambda jobs: [setattr(job, "outcome", "done") for job in jobs]  # noqa: E731
+    assert said(2, run_all=on_a_cluster) == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("read word && test $word = get_server_list", True),
+        ("cat >/dev/null; echo Cannot find MPS control daemon process; exit 1", False),
+        ("cat >/dev/null; echo Cannot find MPS control daemon process", False),
+        (None, False),
+    ],
+)
+def test_mps_is_asked(script, expected, tmp_path, monkeypatch):
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    if script:
+        (tmp_path / "nvidia-cuda-mps-control").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-cuda-mps-control").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert launch.mps_answers() == expected
 
 
 def test_suites_include_suites(tmp_path):
@@ -327,3 +409,99 @@ def test_suite_mistakes(tmp_path):
     ):
         code, _, error = benchmark(*flags, "--runs-dir", tmp_path / "runs")
         assert code == 2 and expected in error and not (tmp_path / "runs").exists()
+
+
+SPEED = [sys.executable, ROOT / "experiments" / "speed.py"]
+
+
+def speed(*flags: object) -> tuple[int, str, str]:
+    done = subprocess.run([*SPEED, *map(str, flags)], capture_output=True, text=True, cwd="/", timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_speed_of_real_loops():
+    """Both files at one thread, and the share of the products; --horizon goes to the file that has it."""
+    flags = [
+        "--env-id",
+        "tests.tasks:Cliff-v0",
+        "--threads",
+        1,
+        "--rounds",
+        2,
+        "--steps",
+        40,
+        "--warm-up",
+        60,
+    ]
+    rest = ["--hidden", 16, "--batch-size", 16, "--horizon", 1, "--model-hidden", 8, "--model-warm-up", 2]
+    code, out, error = speed("--algo", "sac", "sac_mve", "--peers", *flags, "--", *rest)
+    assert code == 0, error
+    for name in ("sac", "sac_mve"):
+        (rounds,) = re.findall(rf"^ +1 +{name} +[\d.]+ +([\d. ]+)$", out, re.M)
+        assert len(rounds.split()) == 2 and all(float(value) > 1 for value in rounds.split())
+    assert out.count("one update on 1 threads: ") == 2 and out.count("ms in matrix products (") == 2
+    assert "sac --hidden 16 --batch-size 16 on" in out and "--horizon 1" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (["--device", "cuda"], 2, "--device cuda: must be cpu here: torch finds no CUDA device"),
+        (["--processes", 2], 2, "--processes 2: must be with --device cuda"),
+        (["--rounds", 0], 2, "--rounds 0: must be at least 1"),
+        (["--", "--no-such-flag"], 2, "--no-such-flag: must be a flag of at least one of sac"),
+        (["--env-id", "Nope-v0", "--rounds", 1, "--threads", 1], 1, "--env-id Nope-v0: must be a task"),
+    ],
+)
+def test_speed_mistakes(flags, code, expected):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    found, _, error = speed("--peers", *flags)
+    assert found == code and len(error.splitlines()) == 1 and expected in error
+
+
+def test_speed_of_processes_at_once(tmp_path):
+    """Two loops over one span of time; if one ends, that is an error in its words."""
+    measure = load("speed", ROOT / "experiments" / "speed.py")
+    task = measure.Task("tests.tasks:Cliff-v0", "cpu", 1, 60, steps=40, seconds=0.2, patience=60)
+    flags = ["--hidden", "16", "--batch-size", "16"]
+    speeds = task.ours("sac", flags, processes=2)
+    assert len(speeds) == 2 and min(speeds) > 1
+    with pytest.raises(RuntimeError, match="must be in"):
+        task.ours("sac", [*flags, "--gamma", "2"])
+    silent = [[sys.executable, "-c", "import time; time.sleep(60)"]]
+    with pytest.raises(RuntimeError, match="no new point within 1 s"):
+        measure.side_by_side(silent, 1, 0.0, patience=1, threads=1)
+
+
+def test_speed_on_a_gpu(monkeypatch, capsys):
+    """What is run of every file is accepted by it; eager, captured and several at once make the table."""
+    measure, commands = load("speed", ROOT / "experiments" / "speed.py"), {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert list(measure.ROWS) != [] and set(measure.ROWS) <= set(ALGOS)
+
+    def answered(found: list[list], *_, **__) -> list[float]:
+        words = [str(word) for word in found[0]]
+        algo, flags = words[words.index("--algo") + 1], words[words.index("--") + 1 :]
+        commands.setdefault(algo, []).append(flags)
+        if algo == "td3":
+            raise RuntimeError("error: it broke")
+        return [40.0] if "--no-cuda-graphs" in flags else [300.0, 320.0][: len(found)]
+
+    monkeypatch.setattr(measure, "side_by_side", answered)
+    monkeypatch.setattr(sys, "argv", "speed.py --device cuda --algo all --peers --processes 2".split())
+    assert measure.main() == 1
+    out, error = capsys.readouterr()
+    assert error.splitlines() == [
+        f"error: td3, {what}: it broke" for what in ("eager", "captured", "together")
+    ]
+    assert re.search(r"^sac +HalfCheetah-v5 +40.0 +300.0 +7.5 +7.0$", out, re.M)
+    assert re.search(
+        r"^sac_svg_h +Hopper-v5 +40.0 +300.0 +7.5 +5.0   --preset released --horizon 2", out, re.M
+    )
+    assert out.count("2 captured at once: 300.0 to 320.0 each, 620.0 together") == len(ALGOS) - 1
+    for algo in ALGOS:
+        eager, captured, together = (load(algo).parse(flags) for flags in commands[algo])
+        assert not eager.cuda_graphs and captured.cuda_graphs and together.cuda_graphs
+        assert eager.device == "cuda" and eager.total_timesteps > 100_000

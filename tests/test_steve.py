@@ -233,7 +233,7 @@ def test_target_of_an_update_by_plain_loops(monkeypatch):
     buffer, losses = filled_buffer(steve, obs_dim=2), recorded(monkeypatch, steve, "half_squared_error")
     buffer.sample = lambda count: torch.arange(5, 15)  # row 9 terminated
     monkeypatch.setattr(steve, "deal", in_turn)
-    agent.fit_ensembles = lambda buffer: {}
+    agent.fit_ensembles = lambda batch: {}
     with torch.no_grad():
         for module in (agent.transition, agent.termination, agent.rewards, agent.critic_target):
             for parameter in module.parameters():
@@ -262,15 +262,14 @@ def test_target_of_an_update_by_plain_loops(monkeypatch):
 
 def test_losses_of_the_models_by_hand(monkeypatch):
     """(6) with three observations: sums over them, means over rows; the decay pulls biases too."""
-    agent, buffer = make_agent(3, 2, members=2, reward_members=3, batch_size=12, weight_decay=0.5), None
+    agent = make_agent(3, 2, members=2, reward_members=3, batch_size=12, weight_decay=0.5)
     buffer = filled_buffer(steve, obs_dim=3, action_dim=2)
-    buffer.sample = lambda count: torch.arange(count)
     monkeypatch.setattr(steve, "deal", in_turn)
     batch, before = buffer[torch.arange(12)], {}
     x = torch.cat([batch.obs, batch.action], 1)
     for name in ("transition", "rewards", "termination"):
         before[name] = copy.deepcopy(getattr(agent, name))
-    found = agent.fit_ensembles(buffer)
+    found = agent.fit_ensembles(batch)
     moved = paid = ended = 0.0
     for row in range(12):
         member, payer = row // 6, row // 4
@@ -313,7 +312,7 @@ def test_each_datum_trains_one_model_of_a_kind(monkeypatch):
         model = getattr(agent, name)
         forward = model.forward
         model.forward = lambda x, n=name, f=forward: (seen.setdefault(n, x), f(x))[1]
-    agent.fit_ensembles(filled_buffer(steve))
+    agent.fit_ensembles(filled_buffer(steve)[torch.arange(16)])
     assert {n: tuple(x.shape) for n, x in seen.items()} == {
         "transition": (4, 4, 2), "rewards": (2, 8, 3), "termination": (4, 4, 3)
     }  # fmt: skip
@@ -328,7 +327,7 @@ def test_gradients_stay_with_their_own_networks():
         assert all(p.grad is not None for p in module.parameters())
     assert all(p.grad is None for p in agent.critic_target.parameters())
     models = [p.detach().clone() for p in agent.transition.parameters()]
-    agent.fit_ensembles = lambda b: {}
+    agent.fit_ensembles = lambda batch: {}
     agent.update(buffer, 63)
     assert all(torch.equal(a, b) for a, b in zip(models, agent.transition.parameters(), strict=True))
 
@@ -379,7 +378,7 @@ def test_exploration_by_dimension():
 
 def test_models_warm_up_once():
     agent, fits = make_agent(model_warm_up=7, updates_per_step=2), []
-    agent.fit_ensembles = lambda buffer: fits.append(1) or {}
+    agent.fit_ensembles = lambda batch: fits.append(1) or {}
     agent.update(filled_buffer(steve), 61)
     assert len(fits) == 9
     agent.update(filled_buffer(steve), 62)
@@ -433,7 +432,7 @@ def test_tdk_divides_by_all_pairs(monkeypatch):
     """The critics' loss is the mean over the H + 1 kinds of pairs."""
     agent = make_agent(horizon=2, reduction="last", tdk=True)
     losses = recorded(monkeypatch, steve, "half_squared_error")
-    agent.fit_ensembles = lambda buffer: {}
+    agent.fit_ensembles = lambda batch: {}
     agent.tdk_losses = lambda imagined, q_end: torch.tensor(30.0)
     found = agent.update(filled_buffer(steve), 61)["losses/qf_loss"].item()
     q, y = losses[0]

@@ -649,8 +649,7 @@ def evaluate(agent: Agent, args: Args, step: int, video_dir: Path | None = None)
 
 # --- the same in every file from here on: checks, task, run folder, graphs, command line ---
 
-ALGO, FORMAT = Path(__file__).stem, 2  # of a checkpoint
-SIGNALS = []  # SIGINT or SIGTERM, once received
+ALGO, FORMAT, SIGNALS = Path(__file__).stem, 2, []  # FORMAT of checkpoints; SIGINT or SIGTERM, once received
 
 
 class BadInput(ValueError):
@@ -692,8 +691,7 @@ def prepare(args) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
+def available_memory(device: torch.device) -> float:  # in bytes
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
@@ -711,11 +709,11 @@ def finite(name: str, value, error=BadInput) -> np.ndarray:
     raise error(f"{name} must be finite in float32, got {value}")
 
 
-def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The task with actions in [−1, 1]; with video_dir its first episode is filmed. Raises BadInput."""
+def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> gym.Env:
+    """The task, actions in [−1, 1]; its numbers flat, float32 and finite, or `raw` as it gives them."""
     try:
-        env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array" if video_dir else None)
-        if video_dir:  # tried out first: RecordVideo makes its folder before it fails
+        env = gym.make(env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if video_dir else {})
+        if video_dir:  # its first episode; tried out before RecordVideo makes its folder
             env.reset()
             env.render()
             env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
@@ -726,20 +724,17 @@ def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
     real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
     fit = real and box.is_bounded() and (box.low < box.high).all()
     require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
-    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
-    clip = lambda action: np.clip(finite("the agent's action", action, RunFailed), flat.low, flat.high)  # noqa: E731
-    env = gym.wrappers.TransformAction(env, lambda action: clip(action).reshape(box.shape), flat)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # whose rounding overshoots
-
-
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """open_task with flat observations, they and rewards finite in float32, and episodes' statistics."""
-    env = open_task(env_id, video_dir)
+    low, high = box.low.ravel(), box.high.ravel()  # which the rounding of RescaleAction overshoots
+    fit = lambda a: np.clip(finite("the agent's action", a, RunFailed), low, high).reshape(box.shape)
+    env = gym.wrappers.TransformAction(env, fit, gym.spaces.Box(low, high, dtype=box.dtype))
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if raw:
+        return env
     space = env.observation_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
-    seen = lambda obs: finite("the task's observation", obs).ravel()  # noqa: E731
-    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]  # noqa: E731
+    seen = lambda obs: finite("the task's observation", obs).ravel()
+    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]
     env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -752,10 +747,7 @@ def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
 
 
 def captured(method):
-    """A method of tensors as CUDA graphs, one for each signature: shapes of tensors, values of the rest.
-
-    It may read no tensor and change only the agent's own; its next call overwrites what it returned.
-    """
+    """CUDA graphs of it, one a signature. It reads no tensor; its next call overwrites what it returned."""
     graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
     def call(*args):
@@ -793,8 +785,7 @@ class RunFolder(contextlib.AbstractContextManager):
         name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
         there = next(p for p in (self.path.absolute() / "x").parents if p.exists())
-        writable = there.is_dir() and os.access(there, os.W_OK)
-        require(writable, "runs_dir", args.runs_dir, "a folder that can be written")
+        require(os.access(there, 3), "runs_dir", args.runs_dir, "a folder that can be written")  # W_OK | X_OK
         if args.resume:
             self.restore()
         else:  # everything that can be wrong is asked before a file is touched
@@ -815,8 +806,7 @@ class RunFolder(contextlib.AbstractContextManager):
             kind = BadInput if isinstance(error, BadInput) else RunFailed
             raise kind(f"step {self.step}: {error}; {self.path} keeps its last good checkpoint") from error
 
-    def steps(self, at_once: int = 1):
-        """The numbers of the steps that are left to take, or of every at_once-th."""
+    def steps(self, at_once: int = 1):  # the numbers of those that are left to take
         total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
         if self.complete:
             return print(f"{self.path} is complete: {total} steps")
@@ -828,17 +818,12 @@ class RunFolder(contextlib.AbstractContextManager):
         self.save("final.pt")
         print(f"done: {self.path}")
 
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.began, 2)
-
-    def speed(self) -> dict[str, float]:
-        """Steps per second since the last call, evaluations left out, and the time taken so far."""
+    def speed(self) -> dict[str, float]:  # since the last call, evaluations left out
         steps, took = self.step - self.last_step, time.perf_counter() - self.last_time
         self.last_step, self.last_time = self.step, time.perf_counter()
-        return {"charts/SPS": steps / took, "time/seconds": self.seconds()}
+        return {"charts/SPS": steps / took, "time/seconds": self.last_time - self.began}
 
     def log(self, scalars: dict[str, object]) -> None:
-        """Points in TensorBoard. Raises RunFailed for a number that is not finite."""
         for name, value in scalars.items():
             self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
 
@@ -859,7 +844,7 @@ class RunFolder(contextlib.AbstractContextManager):
             row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
         for name, remembered in kept.items():
             getattr(agent, name).copy_(remembered)
-        self.rows.append(row | {"seconds": self.seconds()})
+        self.rows.append(row | {"seconds": round(time.perf_counter() - self.began, 2)})
         self.write_rows()
         more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
         text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
@@ -868,16 +853,14 @@ class RunFolder(contextlib.AbstractContextManager):
         self.last_time += (took := time.perf_counter() - before)
         self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
 
-    def write_rows(self) -> None:
-        """eval.csv; a run's folder and events begin with its first row, so that nothing is left of less."""
+    def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
         if not self.writer:
             self.path.mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
         lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
         self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
 
-    def write_args(self) -> None:
-        """For people and tools: the arguments, the versions that bits depend on, this file's commit."""
+    def write_args(self) -> None:  # for people and tools, with what else the bits depend on
         describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
         git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
         record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
@@ -885,8 +868,7 @@ class RunFolder(contextlib.AbstractContextManager):
         text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
         self.write("args.json", lambda file: file.write(text.encode()))
 
-    def write(self, name: str, write) -> None:
-        """write(file), fsync, rename: the file holds old bytes or new. Raises RunFailed."""
+    def write(self, name: str, write) -> None:  # so that the file holds old bytes or new
         path, temporary = self.path / name, self.path / f"{name}.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -902,14 +884,15 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def save(self, name: str) -> None:
         """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
-        agent, on_gpu = self.agent.state_dict(), self.agent.device.type == "cuda"
+        agent = self.agent.state_dict()
         for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
             if isinstance(leaf, Tensor) and not leaf.isfinite().all():
                 raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
         state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
-        state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "seconds": self.seconds()}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows}
+        state |= {"seconds": time.perf_counter() - self.began}
         state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
-        state |= {"cuda_rng": torch.cuda.get_rng_state() if on_gpu else None}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
         state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
         self.writer.flush()
         self.write(name, lambda file: torch.save(state, file))
@@ -987,20 +970,18 @@ def parse(argv: list[str] | None = None):
     return Args(**values)
 
 
-def stop_after_this_step(number: int, _: object) -> None:
-    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
-    os.write(2, b"stopping; once more to kill\n")
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
 def main(learn) -> None:
+    def stop(number: int, _) -> None:  # noted: raised anywhere, an exception can break a lock
+        os.write(2, b"stopping; once more to kill\n")
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
         ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_after_this_step)
+        signal.signal(number, stop)
     try:
         learn(parse())
     except (BadInput, RunFailed, OSError) as error:

@@ -190,8 +190,8 @@ class StackedMLP(nn.Module):
         widths = sizes[1:-1] if layer_norm else []
         self.norms = nn.ModuleList(StackedLayerNorm(members, width) for width in widths)
 
-    def forward(self, x: Tensor, frozen: bool = False, members: int | None = None) -> Tensor:
-        """With `frozen` the weights, of all or the first `members`, are constants: only x gets a gradient."""
+    def forward(self, x: Tensor, frozen: bool = False, members: int = 0) -> Tensor:
+        """With `frozen` the weights, of the first `members` or all, are constants: only x gets a gradient."""
         x = x.expand(members if frozen and members else self.members, -1, -1)
         for i, layer in enumerate(self.layers[:-1]):
             x = layer(x, frozen)
@@ -202,9 +202,7 @@ class StackedMLP(nn.Module):
 class QFunctions(StackedMLP):
     """Action values: obs [B, n], action [B, m] -> [members, B]."""
 
-    def forward(
-        self, obs: Tensor, action: Tensor, frozen: bool = False, members: int | None = None
-    ) -> Tensor:
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False, members: int = 0) -> Tensor:
         return super().forward(torch.cat([obs, action], 1), frozen, members).squeeze(2)
 
 
@@ -564,7 +562,7 @@ class Agent:
         at_random = torch.rand(len(action), 1, device=self.device) < self.args.random_actions
         return torch.where(at_random, 2 * torch.rand_like(action) - 1, noisy)  # (6)
 
-    def judge(self, obs: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    def assess(self, obs: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """π̄ and min_i Q̄_i: obs [M, R, n], goal [M or 1, R, g] -> action [M, R, m], value [M, R]."""
         seen = self.view(obs.flatten(0, 1), goal.expand(len(obs), -1, -1).flatten(0, 1))
         action = self.actor_target(seen)
@@ -578,11 +576,11 @@ class Agent:
         if shared:  # transitions are drawn independently: equal shares of them are as random as any
             rows = torch.arange(-(-size // self.args.members) * self.args.members, device=self.device) % size
             x, goal = (y[0, rows].view(self.args.members, -1, y.shape[2]) for y in (x, goal))
-        action, value = self.judge(x, goal)
+        action, value = self.assess(x, goal)
         rewards, values = [], [value]
         for _ in range(horizon):
             x = self.model(x, action)
-            action, value = self.judge(x, goal)
+            action, value = self.assess(x, goal)
             rewards.append(self.task.reward(x, goal))
             values.append(value)
         values = torch.stack([v.expand(len(x), -1) for v in values], 1)
@@ -715,7 +713,7 @@ def make_goal_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
         except ImportError:
             require(False, "env_id", env_id, "a task that is installed: pip install gymnasium-robotics")
         gym.register_envs(gymnasium_robotics)
-    env = open_task(env_id, video_dir)
+    env = make_env(env_id, video_dir, raw=True)
     parts, names = env.observation_space, ("observation", "achieved_goal", "desired_goal")
     parts = parts.spaces if isinstance(parts, gym.spaces.Dict) else {}
     flat = all(isinstance(parts.get(k), gym.spaces.Box) and len(parts[k].shape) == 1 for k in names)
@@ -848,7 +846,7 @@ def train_episodic(args: Args) -> Path:
     replay = agent.make_buffer(min(args.buffer_size, cycles * per_cycle))
     envs, eval_envs = (make_goal_envs(args.env_id, args.num_envs, args.env_threads) for _ in range(2))
     evaluation = functools.partial(evaluate_goals, eval_envs)
-    at_random = lambda *_: 2 * torch.rand(args.num_envs, task.action_dim).numpy() - 1  # noqa: E731
+    at_random = lambda *_: 2 * torch.rand(args.num_envs, task.action_dim).numpy() - 1
     with contextlib.closing(eval_envs), RunFolder(args, envs, agent, replay, evaluation) as run:
         for step in run.steps(per_cycle):
             before, cycle_began = step - per_cycle, time.perf_counter()
@@ -887,8 +885,7 @@ def evaluate_goals(
 
 # --- the same in every file from here on: checks, task, run folder, graphs, command line ---
 
-ALGO, FORMAT = Path(__file__).stem, 2  # of a checkpoint
-SIGNALS = []  # SIGINT or SIGTERM, once received
+ALGO, FORMAT, SIGNALS = Path(__file__).stem, 2, []  # FORMAT of checkpoints; SIGINT or SIGTERM, once received
 
 
 class BadInput(ValueError):
@@ -930,8 +927,7 @@ def prepare(args) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
+def available_memory(device: torch.device) -> float:  # in bytes
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
@@ -949,36 +945,32 @@ def finite(name: str, value, error=BadInput) -> np.ndarray:
     raise error(f"{name} must be finite in float32, got {value}")
 
 
-def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The task with actions in [−1, 1]; with video_dir its first episode is filmed. Raises BadInput."""
+def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> gym.Env:
+    """The task, actions in [−1, 1]; its numbers flat, float32 and finite, or `raw` as it gives them."""
     try:
-        env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array" if video_dir else None)
-        if video_dir:  # tried out first: RecordVideo makes its folder before it fails
+        env = gym.make(env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if video_dir else {})
+        if video_dir:  # its first episode; tried out before RecordVideo makes its folder
             env.reset()
             env.render()
             env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
     except Exception as error:  # tasks and renderers fail in many ways
-        why = f"{type(error).__name__}: {error}"
-        require(not video_dir, "capture_video", True, f"off where rendering fails: {why}")
-        require(False, "env_id", env_id, f"a task that can be made: {why}")
+        require(not video_dir, "capture_video", True, f"off where rendering fails: {error!r}")
+        require(False, "env_id", env_id, f"a task that can be made: {error!r}")
     box = env.action_space
     real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
     fit = real and box.is_bounded() and (box.low < box.high).all()
     require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
-    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
-    clip = lambda action: np.clip(finite("the agent's action", action, RunFailed), flat.low, flat.high)  # noqa: E731
-    env = gym.wrappers.TransformAction(env, lambda action: clip(action).reshape(box.shape), flat)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # whose rounding overshoots
-
-
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """open_task with flat observations, they and rewards finite in float32, and episodes' statistics."""
-    env = open_task(env_id, video_dir)
+    low, high = box.low.ravel(), box.high.ravel()  # which the rounding of RescaleAction overshoots
+    fit = lambda a: np.clip(finite("the agent's action", a, RunFailed), low, high).reshape(box.shape)
+    env = gym.wrappers.TransformAction(env, fit, gym.spaces.Box(low, high, dtype=box.dtype))
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if raw:
+        return env
     space = env.observation_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
-    seen = lambda obs: finite("the task's observation", obs).ravel()  # noqa: E731
-    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]  # noqa: E731
+    seen = lambda obs: finite("the task's observation", obs).ravel()
+    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]
     env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -991,10 +983,7 @@ def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
 
 
 def captured(method):
-    """A method of tensors as CUDA graphs, one for each signature: shapes of tensors, values of the rest.
-
-    It may read no tensor and change only the agent's own; its next call overwrites what it returned.
-    """
+    """CUDA graphs of it, one a signature. It reads no tensor; its next call overwrites what it returned."""
     graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
     def call(*args):
@@ -1031,6 +1020,8 @@ class RunFolder(contextlib.AbstractContextManager):
             setattr(agent, name, captured(getattr(agent, name)))
         name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        there = next(p for p in (self.path.absolute() / "x").parents if p.exists())
+        require(os.access(there, 3), "runs_dir", args.runs_dir, "a folder that can be written")  # W_OK | X_OK
         if args.resume:
             self.restore()
         else:  # everything that can be wrong is asked before a file is touched
@@ -1051,8 +1042,7 @@ class RunFolder(contextlib.AbstractContextManager):
             kind = BadInput if isinstance(error, BadInput) else RunFailed
             raise kind(f"step {self.step}: {error}; {self.path} keeps its last good checkpoint") from error
 
-    def steps(self, at_once: int = 1):
-        """The numbers of the steps that are left to take, or of every at_once-th."""
+    def steps(self, at_once: int = 1):  # the numbers of those that are left to take
         total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
         if self.complete:
             return print(f"{self.path} is complete: {total} steps")
@@ -1064,17 +1054,12 @@ class RunFolder(contextlib.AbstractContextManager):
         self.save("final.pt")
         print(f"done: {self.path}")
 
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.began, 2)
-
-    def speed(self) -> dict[str, float]:
-        """Steps per second since the last call, evaluations left out, and the time taken so far."""
+    def speed(self) -> dict[str, float]:  # since the last call, evaluations left out
         steps, took = self.step - self.last_step, time.perf_counter() - self.last_time
         self.last_step, self.last_time = self.step, time.perf_counter()
-        return {"charts/SPS": steps / took, "time/seconds": self.seconds()}
+        return {"charts/SPS": steps / took, "time/seconds": self.last_time - self.began}
 
     def log(self, scalars: dict[str, object]) -> None:
-        """Points in TensorBoard. Raises RunFailed for a number that is not finite."""
         for name, value in scalars.items():
             self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
 
@@ -1095,7 +1080,7 @@ class RunFolder(contextlib.AbstractContextManager):
             row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
         for name, remembered in kept.items():
             getattr(agent, name).copy_(remembered)
-        self.rows.append(row | {"seconds": self.seconds()})
+        self.rows.append(row | {"seconds": round(time.perf_counter() - self.began, 2)})
         self.write_rows()
         more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
         text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
@@ -1104,21 +1089,14 @@ class RunFolder(contextlib.AbstractContextManager):
         self.last_time += (took := time.perf_counter() - before)
         self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
 
-    def write_rows(self) -> None:
-        """eval.csv; a run's folder and events begin with its first row, so that nothing is left of less."""
+    def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
         if not self.writer:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
-            except OSError as error:
-                require(
-                    False, "runs_dir", self.path.parent, f"a folder that can be written: {error.strerror}"
-                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
         lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
         self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
 
-    def write_args(self) -> None:
-        """For people and tools: the arguments, the versions that bits depend on, this file's commit."""
+    def write_args(self) -> None:  # for people and tools, with what else the bits depend on
         describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
         git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
         record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
@@ -1126,8 +1104,7 @@ class RunFolder(contextlib.AbstractContextManager):
         text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
         self.write("args.json", lambda file: file.write(text.encode()))
 
-    def write(self, name: str, write) -> None:
-        """write(file), fsync, rename: the file holds old bytes or new. Raises RunFailed."""
+    def write(self, name: str, write) -> None:  # so that the file holds old bytes or new
         path, temporary = self.path / name, self.path / f"{name}.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -1143,14 +1120,15 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def save(self, name: str) -> None:
         """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
-        agent, on_gpu = self.agent.state_dict(), self.agent.device.type == "cuda"
+        agent = self.agent.state_dict()
         for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
             if isinstance(leaf, Tensor) and not leaf.isfinite().all():
                 raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
         state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
-        state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "seconds": self.seconds()}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows}
+        state |= {"seconds": time.perf_counter() - self.began}
         state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
-        state |= {"cuda_rng": torch.cuda.get_rng_state() if on_gpu else None}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
         state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
         self.writer.flush()
         self.write(name, lambda file: torch.save(state, file))
@@ -1184,7 +1162,6 @@ class RunFolder(contextlib.AbstractContextManager):
         self.write_rows()
         if longer:  # a run's length is part of its checkpoint
             self.save("checkpoint.pt")
-        print(f"resuming {self.path} at step {self.step}")
 
 
 def load_checkpoint(run_dir: Path) -> dict:
@@ -1229,20 +1206,18 @@ def parse(argv: list[str] | None = None):
     return Args(**values)
 
 
-def stop_after_this_step(number: int, _: object) -> None:
-    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
-    os.write(2, b"stopping; once more to kill\n")
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
 def main(learn) -> None:
+    def stop(number: int, _) -> None:  # noted: raised anywhere, an exception can break a lock
+        os.write(2, b"stopping; once more to kill\n")
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
         ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_after_this_step)
+        signal.signal(number, stop)
     try:
         learn(parse())
     except (BadInput, RunFailed, OSError) as error:

@@ -60,7 +60,7 @@ Natural = Annotated[int, (0, 2**31 - 1)]
 Width = Annotated[int, (1, 65_536)]
 Fraction = Annotated[float, (0, 1)]
 Rate = Annotated[float, (0, math.inf)]
-Real = Annotated[float, (-1e6, 1e6)]
+Real = Annotated[float | None, (-1e6, 1e6)]
 
 
 @dataclass
@@ -95,7 +95,7 @@ class SAC:
     critic_lr: Rate = 3e-4  # Adam step size of the critics
     alpha_lr: Rate = 3e-4  # Adam step size of log α
     init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0  # first temperature α (authors' code)
-    target_entropy: Real | None = None  # H̄ in nats of the [−1, 1] action; None is −dim(A)
+    target_entropy: Real = None  # H̄ in nats of the [−1, 1] action; None is −dim(A)
     hidden: Width = 256  # units in each of the two hidden layers of actor and critics
 
 
@@ -340,13 +340,13 @@ class Simulator:
     """
 
     def __init__(self, env_id: str, env: gym.Env, threads: int):
-        self.live, self.copy = env.unwrapped, open_task(env_id)
+        self.live, self.copy = env.unwrapped, make_env(env_id, raw=True)
         self.copy.reset(seed=0)
         task = self.copy.unwrapped
         held = isinstance(getattr(task, "model", None), mujoco.MjModel)
         held = held and isinstance(getattr(task, "data", None), mujoco.MjData)
         require(held, "env_id", env_id, "a task that holds MuJoCo's model and data (--horizon 0 needs none)")
-        self.model, plain, layer = task.model, True, self.copy.env.env  # below open_task's two
+        self.model, plain, layer = task.model, True, self.copy.env.env  # below the two wrappers of actions
         while layer is not task:  # any other wrapper could change actions and rewards
             plain = plain and type(layer) in (gym.wrappers.OrderEnforcing, gym.wrappers.TimeLimit)
             layer = layer.env
@@ -377,7 +377,7 @@ class Simulator:
             results = [self.step_copy(*pair) for pair in zip(rows, action, strict=True)]
             return tuple(np.stack(column) for column in zip(*results, strict=True))
         bounds = self.copy.env.action_space
-        units = np.clip(self.copy.func(action), bounds.low, bounds.high)  # as open_task's wrappers do
+        units = np.clip(self.copy.func(action), bounds.low, bounds.high)  # as make_env does
         after, field = (self.step_each if self.task.fields else self.roll_out)(rows, units)
         (qpos, qvel), before = self.split(after), self.split(rows)[0]
         step = Step(before, rows[:, self.full + qvel.shape[1] :], qpos, qvel, units, field)
@@ -439,7 +439,7 @@ class Simulator:
 
     def verify(self, env_id: str) -> None:
         """Sixty random steps of another copy, in three episodes, must come out the same. Raises BadInput."""
-        other, rng, log = open_task(env_id), np.random.default_rng(0), []
+        other, rng, log = make_env(env_id, raw=True), np.random.default_rng(0), []
         other.reset(seed=1)
         for i in range(60):
             row, action = self.row(other.unwrapped), rng.uniform(-1, 1, other.action_space.shape)
@@ -535,14 +535,11 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
-
-    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
-    """
+    """Ring of transitions in float32, with each one's episode; BadInput if memory is too small for it."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-        row_bytes = 2 * (4 * sum(self.widths) + 4)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)  # with its copy in a checkpoint
         most = int(0.9 * available_memory(device) / row_bytes)
         require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
@@ -792,8 +789,7 @@ def evaluate(agent: Agent, args: Args, step: int, video_dir: Path | None = None)
 
 # --- the same in every file from here on: checks, task, run folder, graphs, command line ---
 
-ALGO, FORMAT = Path(__file__).stem, 2  # of a checkpoint
-SIGNALS = []  # SIGINT or SIGTERM, once received
+ALGO, FORMAT, SIGNALS = Path(__file__).stem, 2, []  # FORMAT of checkpoints; SIGINT or SIGTERM, once received
 
 
 class BadInput(ValueError):
@@ -835,8 +831,7 @@ def prepare(args) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
+def available_memory(device: torch.device) -> float:  # in bytes
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
@@ -854,40 +849,32 @@ def finite(name: str, value, error=BadInput) -> np.ndarray:
     raise error(f"{name} must be finite in float32, got {value}")
 
 
-def open_task(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The task with actions in [−1, 1]; with video_dir its first episode is filmed. Raises BadInput."""
+def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> gym.Env:
+    """The task, actions in [−1, 1]; its numbers flat, float32 and finite, or `raw` as it gives them."""
     try:
-        env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array" if video_dir else None)
-        if video_dir:  # tried out first: RecordVideo makes its folder before it fails
+        env = gym.make(env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if video_dir else {})
+        if video_dir:  # its first episode; tried out before RecordVideo makes its folder
             env.reset()
             env.render()
             env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
     except Exception as error:  # tasks and renderers fail in many ways
-        why = f"{type(error).__name__}: {error}"
-        require(not video_dir, "capture_video", True, f"off where rendering fails: {why}")
-        require(False, "env_id", env_id, f"a task that can be made: {why}")
+        require(not video_dir, "capture_video", True, f"off where rendering fails: {error!r}")
+        require(False, "env_id", env_id, f"a task that can be made: {error!r}")
     box = env.action_space
-    real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating) and box.is_bounded()
-    require(
-        real and (box.low < box.high).all(),
-        "env_id",
-        env_id,
-        f"with a bounded, continuous Box of actions, not {box}",
-    )
-    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
-    clip = lambda action: np.clip(finite("the agent's action", action, RunFailed), flat.low, flat.high)  # noqa: E731
-    env = gym.wrappers.TransformAction(env, lambda action: clip(action).reshape(box.shape), flat)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # whose rounding overshoots
-
-
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """open_task with flat observations, they and rewards finite in float32, and episodes' statistics."""
-    env = open_task(env_id, video_dir)
+    real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    fit = real and box.is_bounded() and (box.low < box.high).all()
+    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    low, high = box.low.ravel(), box.high.ravel()  # which the rounding of RescaleAction overshoots
+    fit = lambda a: np.clip(finite("the agent's action", a, RunFailed), low, high).reshape(box.shape)
+    env = gym.wrappers.TransformAction(env, fit, gym.spaces.Box(low, high, dtype=box.dtype))
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if raw:
+        return env
     space = env.observation_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
-    seen = lambda obs: finite("the task's observation", obs).ravel()  # noqa: E731
-    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]  # noqa: E731
+    seen = lambda obs: finite("the task's observation", obs).ravel()
+    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]
     env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -900,19 +887,14 @@ def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
 
 
 def captured(method):
-    """A method of tensors as CUDA graphs, one for each signature: shapes of tensors, values of the rest.
-
-    Three calls are ordinary, on a side stream as capture demands; the fourth is captured, which executes
-    nothing, and replayed like all that follow. So the method may read no tensor and change only the agent's
-    own, and its next call overwrites what it returned.
-    """
+    """CUDA graphs of it, one a signature. It reads no tensor; its next call overwrites what it returned."""
     graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
     def call(*args):
         signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
         graph = graphs.setdefault(signature, SimpleNamespace(calls=0))
         graph.calls += 1
-        if graph.calls <= 3:
+        if graph.calls <= 3:  # ordinary calls, on a side stream as capture demands
             main, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
@@ -920,11 +902,9 @@ def captured(method):
             main.wait_stream(side)
             return result
         if graph.calls == 4:
-            graph.captured, graph.inputs = (
-                torch.cuda.CUDAGraph(),
-                pytree.tree_map_only(Tensor, torch.clone, args),
-            )
-            with torch.cuda.graph(graph.captured):
+            graph.captured = torch.cuda.CUDAGraph()
+            graph.inputs = pytree.tree_map_only(Tensor, torch.clone, args)
+            with torch.cuda.graph(graph.captured):  # executes nothing
                 graph.result = method(*graph.inputs)
         torch._foreach_copy_(tensors(graph.inputs), tensors(args))
         graph.captured.replay()
@@ -944,6 +924,8 @@ class RunFolder(contextlib.AbstractContextManager):
             setattr(agent, name, captured(getattr(agent, name)))
         name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        there = next(p for p in (self.path.absolute() / "x").parents if p.exists())
+        require(os.access(there, 3), "runs_dir", args.runs_dir, "a folder that can be written")  # W_OK | X_OK
         if args.resume:
             self.restore()
         else:  # everything that can be wrong is asked before a file is touched
@@ -964,8 +946,7 @@ class RunFolder(contextlib.AbstractContextManager):
             kind = BadInput if isinstance(error, BadInput) else RunFailed
             raise kind(f"step {self.step}: {error}; {self.path} keeps its last good checkpoint") from error
 
-    def steps(self, at_once: int = 1):
-        """The numbers of the steps that are left to take, or of every at_once-th."""
+    def steps(self, at_once: int = 1):  # the numbers of those that are left to take
         total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
         if self.complete:
             return print(f"{self.path} is complete: {total} steps")
@@ -977,17 +958,12 @@ class RunFolder(contextlib.AbstractContextManager):
         self.save("final.pt")
         print(f"done: {self.path}")
 
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.began, 2)
-
-    def speed(self) -> dict[str, float]:
-        """Steps per second since the last call, evaluations left out, and the time taken so far."""
+    def speed(self) -> dict[str, float]:  # since the last call, evaluations left out
         steps, took = self.step - self.last_step, time.perf_counter() - self.last_time
         self.last_step, self.last_time = self.step, time.perf_counter()
-        return {"charts/SPS": steps / took, "time/seconds": self.seconds()}
+        return {"charts/SPS": steps / took, "time/seconds": self.last_time - self.began}
 
     def log(self, scalars: dict[str, object]) -> None:
-        """Points in TensorBoard. Raises RunFailed for a number that is not finite."""
         for name, value in scalars.items():
             self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
 
@@ -1008,30 +984,23 @@ class RunFolder(contextlib.AbstractContextManager):
             row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
         for name, remembered in kept.items():
             getattr(agent, name).copy_(remembered)
-        self.rows.append(row | {"seconds": self.seconds()})
+        self.rows.append(row | {"seconds": round(time.perf_counter() - self.began, 2)})
         self.write_rows()
         more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
-        mean, spread = row["return_mean"], row["return_std"]
-        tqdm.write(f"step {self.step:>8}  evaluation return {mean:9.2f} ± {spread:.2f}{more}")
+        text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
+        tqdm.write(text + more)
         tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
         self.last_time += (took := time.perf_counter() - before)
         self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
 
-    def write_rows(self) -> None:
-        """eval.csv; a run's folder and events begin with its first row, so that nothing is left of less."""
+    def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
         if not self.writer:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
-            except OSError as error:
-                raise BadInput(
-                    f"--runs-dir {self.path.parent}: must be a folder that can be written"
-                ) from error
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
         lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
         self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
 
-    def write_args(self) -> None:
-        """For people and tools: the arguments, the versions that bits depend on, this file's commit."""
+    def write_args(self) -> None:  # for people and tools, with what else the bits depend on
         describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
         git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
         record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
@@ -1039,8 +1008,7 @@ class RunFolder(contextlib.AbstractContextManager):
         text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
         self.write("args.json", lambda file: file.write(text.encode()))
 
-    def write(self, name: str, write) -> None:
-        """write(file), fsync, rename: the file holds old bytes or new. Raises RunFailed."""
+    def write(self, name: str, write) -> None:  # so that the file holds old bytes or new
         path, temporary = self.path / name, self.path / f"{name}.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -1056,23 +1024,18 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def save(self, name: str) -> None:
         """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
-        agent, buffer, cuda = (
-            self.agent.state_dict(),
-            self.buffer.state_dict(),
-            self.agent.device.type == "cuda",
-        )
+        agent = self.agent.state_dict()
         for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
             if isinstance(leaf, Tensor) and not leaf.isfinite().all():
                 raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
         state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
-        state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "seconds": self.seconds()}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows}
+        state |= {"seconds": time.perf_counter() - self.began}
         state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
-        state |= {
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if cuda else None,
-        }
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
+        state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
         self.writer.flush()
-        self.write(name, lambda file: torch.save(state | {"agent": agent, "buffer": buffer}, file))
+        self.write(name, lambda file: torch.save(state, file))
         self.saved = self.step
 
     def restore(self) -> None:
@@ -1103,7 +1066,6 @@ class RunFolder(contextlib.AbstractContextManager):
         self.write_rows()
         if longer:  # a run's length is part of its checkpoint
             self.save("checkpoint.pt")
-        print(f"resuming {self.path} at step {self.step}")
 
 
 def load_checkpoint(run_dir: Path) -> dict:
@@ -1140,28 +1102,26 @@ def parse(argv: list[str] | None = None):
     values = read(dataclasses.asdict(Args()))
     if run := values["resume"]:
         saved = load_checkpoint(Path(run))["args"]
-        other = ", ".join(sorted(saved.keys() ^ values.keys()))
-        require(not other, "resume", run, f"a run of this file as it is now; they differ in {other}")
+        same = f"a run of this file as it is now; they differ in {sorted(saved.keys() ^ values.keys())}"
+        require(saved.keys() == values.keys(), "resume", run, same)
         values = read(saved)
     elif hasattr(Args, "defaults"):
         values = read(Args.defaults(values))
     return Args(**values)
 
 
-def stop_after_this_step(number: int, _: object) -> None:
-    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
-    os.write(2, b"stopping; once more to kill\n")
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
 def main(learn) -> None:
+    def stop(number: int, _) -> None:  # noted: raised anywhere, an exception can break a lock
+        os.write(2, b"stopping; once more to kill\n")
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
         ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_after_this_step)
+        signal.signal(number, stop)
     try:
         learn(parse())
     except (BadInput, RunFailed, OSError) as error:

@@ -24,7 +24,6 @@ terminations are the task's formulas for InvertedPendulum-v5 and Pusher-v5 and l
     python algos/sac_vaml.py --resume runs/<run>         # goes on where it stopped, in the same bits
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -35,16 +34,15 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import gymnasium as gym
@@ -53,156 +51,87 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn, optim
+from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ALGO = Path(__file__).stem
-CHECKPOINT_FORMAT = 1
-SIGNALS = []  # SIGINT or SIGTERM, once received
-Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range, checked by check_ranges
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range
 Natural = Annotated[int, (0, 2**31 - 1)]
 Width = Annotated[int, (1, 65_536)]
 Fraction = Annotated[float, (0, 1)]
 Rate = Annotated[float, (0, math.inf)]
-
-
-class BadInput(ValueError):
-    """The user's mistake: one line on stderr, exit code 2."""
-
-
-class RunFailed(RuntimeError):
-    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise BadInput that names the argument, its value and what is allowed."""
-    if not ok:
-        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def check_ranges(args: object) -> None:
-    """Raise BadInput for the first field outside the range in its annotation, or not finite."""
-    for field in dataclasses.fields(args):
-        value, limits = getattr(args, field.name), [x for x in get_args(field.type) if isinstance(x, tuple)]
-        for low, high in limits or [(-math.inf, math.inf)] * isinstance(value, float):
-            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            allowed = "finite" if low == -math.inf else allowed
-            require(low <= value <= high and math.isfinite(value), field.name, value, allowed)
+Real = Annotated[float | None, (-1e6, 1e6)]
 
 
 @dataclass
 class Run:
     """The task, the loop around the agent and what it leaves on disk; the same in every file."""
 
-    env_id: str = "InvertedPendulum-v5"
-    """Gymnasium id; package.module:Name-v0 imports the module that registers it."""
-    seed: Natural = 1
-    """Seeds weights, noise, replay sampling and the task; evaluation uses seed + 100."""
-    total_timesteps: Count = 10_000
-    """Environment steps, warm-up included."""
-    learning_starts: Count = 1_000
-    """Uniformly random actions before the first update (SAC's authors: 1 000 to 10 000)."""
-    batch_size: Count = 256
-    """Transitions per update (Haarnoja et al. 2018)."""
-    buffer_size: Count = 1_000_000
-    """Replay capacity in transitions (Haarnoja et al. 2018); at most total_timesteps are allocated."""
-    eval_every: Count = 1_000
-    """Steps between evaluations (ours, for short tasks; 5 000 is the custom for runs of a million)."""
-    eval_episodes: Count = 10
-    """Episodes per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)."""
-    log_every: Count = 100
-    """Steps between TensorBoard points; only then are metrics read and checked to be finite (ours)."""
-    checkpoint_every: Count = 5_000
-    """Steps after which the next episode's end writes a checkpoint (ours)."""
-    runs_dir: str = "runs"
-    """Parent of the run folders."""
-    resume: str = ""
-    """Run folder to continue with its own arguments; only --total-timesteps may be raised."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    num_threads: Annotated[int, (1, 1024)] = 2
-    """CPU threads of PyTorch (2: measured, docs/sac.md); the exact bits of a run depend on it."""
-    capture_video: bool = False
-    """Record the first episode of each evaluation (needs moviepy; without a display MUJOCO_GL=osmesa)."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        warm_up = f"at most --learning-starts {self.learning_starts} (the first batch comes from the warm-up)"
-        require(self.batch_size <= self.learning_starts, "batch_size", self.batch_size, warm_up)
-        total = f"below --total-timesteps {self.total_timesteps} (nothing would be learned)"
-        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, total)
-        require(self.batch_size <= self.buffer_size, "buffer_size", self.buffer_size, "at least --batch-size")
-        usable = self.device != "cuda" or torch.cuda.is_available()
-        require(usable, "device", self.device, "auto or cpu here: torch finds no CUDA device")
-
-    @classmethod
-    def defaults(cls, argv: list[str] | None) -> dict[str, object]:
-        """Every argument where the command line says nothing; argv matters to files that have presets."""
-        return dataclasses.asdict(cls())
+    env_id: str = "InvertedPendulum-v5"  # Gymnasium id; package.module:Name-v0 imports what registers it
+    seed: Natural = 1  # of weights, noise, replay sampling and the task; evaluation uses seed + 100
+    total_timesteps: Count = 10_000  # environment steps, warm-up included
+    learning_starts: Count = 1_000  # random actions before the first update (SAC's authors: 1 000 to 10 000)
+    batch_size: Count = 256  # transitions per update (Haarnoja et al. 2018)
+    buffer_size: Count = 1_000_000  # replay capacity (Haarnoja et al. 2018); never more than total_timesteps
+    eval_every: Count = 1_000  # steps between evaluations (ours; 5 000 is the custom for a million steps)
+    eval_episodes: Count = 10  # per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)
+    log_every: Count = 100  # steps between TensorBoard points; only then are metrics read and checked (ours)
+    checkpoint_every: Count = 5_000  # steps after which the next episode's end writes a checkpoint (ours)
+    runs_dir: str = "runs"  # parent of the run folders
+    resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    cuda_graphs: bool = True  # on a GPU replay the agent's methods as captured graphs: the same bits, faster
+    num_threads: Annotated[int, (1, 1024)] = 2  # CPU threads of PyTorch; a run's exact bits depend on it
+    capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
 
 
 @dataclass
 class SAC:
-    """Soft actor-critic."""
+    """Soft actor-critic; the defaults are those of Haarnoja et al. 2018."""
 
-    gamma: Fraction = 0.99
-    """Discount factor γ (Haarnoja et al. 2018)."""
-    tau: Fraction = 0.005
-    """Polyak step τ of the target critics (Haarnoja et al. 2018)."""
-    actor_lr: Rate = 3e-4
-    """Adam step size of the actor (Haarnoja et al. 2018)."""
-    critic_lr: Rate = 3e-4
-    """Adam step size of the critics (Haarnoja et al. 2018)."""
-    alpha_lr: Rate = 3e-4
-    """Adam step size of log α (Haarnoja et al. 2018)."""
-    init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0
-    """First temperature α (authors' code)."""
-    target_entropy: float | None = None
-    """H̄ in nats of the [−1, 1] action; None is −dim(A) (Haarnoja et al. 2018)."""
-    hidden: Width = 256
-    """Units in each hidden layer of actor and critics (Haarnoja et al. 2018: two layers)."""
+    gamma: Fraction = 0.99  # discount factor γ
+    tau: Fraction = 0.005  # Polyak step τ of the target critics
+    actor_lr: Rate = 3e-4  # Adam step size of the actor
+    critic_lr: Rate = 3e-4  # Adam step size of the critics
+    alpha_lr: Rate = 3e-4  # Adam step size of log α
+    init_alpha: Annotated[float, (1e-8, 1e8)] = 1.0  # first temperature α (authors' code)
+    target_entropy: Real = None  # H̄ in nats of the [−1, 1] action; None is −dim(A)
+    hidden: Width = 256  # units in each of the two hidden layers of actor and critics
+
+
+Loss = Literal["mle", "vaml", "reg-vaml", "vaml-unbiased", "vagram"]
+Weights = tuple[Tensor | None, Tensor | None]  # c and 1 − c of (9), None for a loss that would weigh nothing
 
 
 @dataclass
 class ValueAwareModel:
-    """One-step model, refitted again and again."""
+    """One-step model, refitted again and again (paper: Lovatto et al. 2020; library: its authors')."""
 
-    model_loss: Literal["mle", "vaml", "reg-vaml", "vaml-unbiased", "vagram"] = "reg-vaml"
-    """(7), (8a), both (Lovatto et al. 2020), (8b) (ours) or (8c) (Voelcker et al. 2022)."""
-    mle_coefficient: Fraction = 1e-3
-    """First c of reg-vaml (Lovatto et al. 2020); reg-vaml alone."""
-    mle_decay: Count = 10_000
-    """Steps over which c of reg-vaml falls to 0 (Lovatto et al. 2020: the whole run); reg-vaml alone."""
-    samples: Count = 1
-    """Samples n of (8a) and (8b) per transition (ours; the paper does not say); not for mle, vagram."""
-    critic_actions: Literal["replay", "policy"] = "replay"
-    """Actions of (1a) and (2): the recorded ones (Lovatto et al. 2020), or new ones of the policy."""
-    outcomes: Literal["auto", "learned"] = "auto"
-    """r and d of (1b): auto takes the task's formula where we have it (Lovatto et al. 2020), else learned."""
-    model_interval: Count = 25
-    """Steps from one fit of the model to the next (ours)."""
-    fit_steps: Count = 120
-    """Gradient steps of a fit at most; the first, after the warm-up, is not limited (authors' library)."""
-    fit_epochs: Count = 10
-    """Passes over the replay in a fit at most; 100 in the first (authors' library)."""
-    patience: Count = 5
-    """Passes without a lower loss on held-out transitions after which a fit ends (ours)."""
-    model_layers: Annotated[int, (1, 64)] = 2
-    """Hidden layers of the model (Lovatto et al. 2020)."""
-    model_hidden: Width = 128
-    """Units in each hidden layer of the model (authors' library)."""
-    model_lr: Rate = 3e-4
-    """Adam step size of the model (authors' library)."""
-    model_batch: Count = 256
-    """Transitions per gradient step of the model (authors' library)."""
-    weight_decay: Rate = 1e-4
-    """L2 penalty in the model's Adam (authors' library)."""
+    model_loss: Loss = "reg-vaml"  # (7), (8a), both (paper), (8b) (ours), (8c) (Voelcker et al. 2022)
+    mle_coefficient: Fraction = 1e-3  # first c of reg-vaml (paper)
+    mle_decay: Count = 10_000  # steps over which c of reg-vaml falls to 0 (paper: the whole run)
+    samples: Count = 1  # samples n of (8a) and (8b) per transition (ours; the paper does not say)
+    critic_actions: Literal["replay", "policy"] = "replay"  # of (1a) and (2): recorded (paper), or new ones
+    outcomes: Literal["auto", "learned"] = "auto"  # r, d of (1b): known formula (paper), else learned
+    model_interval: Count = 25  # steps from one fit of the model to the next (ours)
+    fit_steps: Count = (
+        120  # most gradient steps of a fit; the first, after the warm-up, has no limit (library)
+    )
+    fit_epochs: Count = 10  # passes over the replay in a fit at most; 100 in the first (library)
+    patience: Count = 5  # passes without a lower loss on held-out transitions after which a fit ends (ours)
+    model_layers: Annotated[int, (1, 64)] = 2  # hidden layers of the model (paper)
+    model_hidden: Width = 128  # units in each hidden layer of the model (library)
+    model_lr: Rate = 3e-4  # Adam step size of the model (library)
+    model_batch: Count = 256  # transitions per gradient step of the model (library)
+    weight_decay: Rate = 1e-4  # L2 penalty in the model's Adam (library)
 
 
 @dataclass
 class Args(Run, SAC, ValueAwareModel):
+    """Everything that can be set."""
+
     def __post_init__(self) -> None:
-        Run.__post_init__(self)
+        check(self)
         even = self.model_loss != "vaml-unbiased" or self.samples % 2 == 0
         require(even, "samples", self.samples, "even with --model-loss vaml-unbiased")
         enough = "at least 5 (a fifth is held out from the model)"
@@ -211,14 +140,11 @@ class Args(Run, SAC, ValueAwareModel):
 
 
 class StackedLinear(nn.Module):
-    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs].
-
-    Each member starts like nn.Linear: U(±1/√inputs).
-    """
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs]."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
+        bound = 1 / math.sqrt(inputs)  # as nn.Linear starts
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
@@ -267,101 +193,6 @@ class Actor(nn.Module):
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise
         return u.tanh(), squashed_log_prob(noise, log_std, u)
-
-
-def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
-    """log π of tanh(u) for u = μ + σ·noise, summed over the action's dimensions: [B, m] each -> [B].
-
-    log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)) stays exact where tanh saturates.
-    """
-    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(1)
-
-
-def soft_target(
-    reward: Tensor, done: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor, gamma: float
-) -> Tensor:
-    """r + γ (1 − d) (q' − α log π'), all [B]: equations 2 and 3 of arXiv 1812.05905."""
-    assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
-    return reward + gamma * (1 - done) * (next_q - alpha * next_log_prob)
-
-
-def twin_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Squared error, mean over the batch, sum over the critics: q [2, B], target [B] -> scalar."""
-    assert q.shape[1:] == target.shape
-    return (q - target).square().mean(1).sum()
-
-
-def soft_actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
-    """mean (α log π − min_i Q_i): q [2, B], log_prob [B] -> scalar."""
-    assert q.shape[1:] == log_prob.shape
-    return (alpha * log_prob - q.amin(0)).mean()
-
-
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """−log α · mean (log π + H̄): α falls while the entropy −log π is above H̄. log_prob [B] -> scalar."""
-    return -log_alpha * (log_prob.detach() + target_entropy).mean()
-
-
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target ← target + τ (source − target), all parameters in one call."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-class Batch(NamedTuple):
-    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
-
-    obs: Tensor  # [B, n]
-    action: Tensor  # [B, m] in [−1, 1]
-    reward: Tensor  # [B]
-    next_obs: Tensor  # [B, n] the true successor, never a reset
-    terminated: Tensor  # [B]
-
-
-class ReplayBuffer:
-    """Ring of transitions, preallocated in float32, with the number of the episode each belongs to.
-
-    Raises BadInput if it and its copy in a checkpoint would take more than 90 % of the available memory.
-    """
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-        row_bytes = 2 * (4 * sum(self.widths) + 4)
-        most = int(0.9 * available_memory(device) / row_bytes)
-        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
-        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self.capacity, self.added = capacity, 0
-
-    @property
-    def size(self) -> int:
-        return min(self.added, self.capacity)
-
-    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
-        """Store one transition; the oldest goes when the ring is full."""
-        at = self.added % self.capacity
-        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
-        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
-        self.added += 1
-
-    def __getitem__(self, at: Tensor) -> Batch:
-        """The transitions in places `at` [B]."""
-        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
-        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
-
-    def sample(self, batch_size: int) -> Tensor:
-        """Places [batch_size], uniform with replacement."""
-        return torch.randint(self.size, (batch_size,), device=self.rows.device)
-
-    def state_dict(self) -> dict:
-        """The filled part, copied: saving a view would save the whole ring."""
-        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
-        return {"added": self.added, "rows": rows, "episode": episode}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
 
 
 class DeltaGaussian(nn.Module):
@@ -449,6 +280,46 @@ def known_outcome(env: gym.Env, device: torch.device):
     return inverted_pendulum_outcome if name == "InvertedPendulum-v5" else pusher_outcome
 
 
+def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+    """log π of tanh(u) for u = μ + σ·noise, summed over the action's dimensions: [B, m] each -> [B].
+
+    log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)) stays exact where tanh saturates.
+    """
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(1)
+
+
+def soft_target(
+    reward: Tensor, done: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor, gamma: float
+) -> Tensor:
+    """r + γ (1 − d) (q' − α log π'), all [B]: equations 2 and 3 of arXiv 1812.05905."""
+    assert reward.shape == done.shape == next_q.shape == next_log_prob.shape
+    return reward + gamma * (1 - done) * (next_q - alpha * next_log_prob)
+
+
+def twin_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the batch, sum over the critics: q [2, B], target [B] -> scalar."""
+    assert q.shape[1:] == target.shape
+    return (q - target).square().mean(1).sum()
+
+
+def soft_actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """mean (α log π − min_i Q_i): q [2, B], log_prob [B] -> scalar."""
+    assert q.shape[1:] == log_prob.shape
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """−log α · mean (log π + H̄): α falls while the entropy −log π is above H̄. log_prob [B] -> scalar."""
+    return -log_alpha * (log_prob.detach() + target_entropy).mean()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← target + τ (source − target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
 def likelihood_loss(delta: Tensor, mean: Tensor, log_std: Tensor, varying: Tensor) -> Tensor:
     """(7): Gaussian negative log-likelihood, over varying dimensions, mean over B: [E, B, n] -> [E]."""
     assert mean.shape == log_std.shape and delta.shape[-2:] == mean.shape[-2:]
@@ -485,11 +356,71 @@ def constant(module: nn.Module):
         module.requires_grad_(True)
 
 
+def loss_weights(share: float, device: torch.device) -> Weights:
+    """The weights of both losses of (9) for c = share."""
+    return tuple(torch.full((), c, device=device) if c > 0 else None for c in (share, 1 - share))
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions in float32, with each one's episode; BadInput if memory is too small for it."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)  # with its copy in a checkpoint
+        most = int(0.9 * available_memory(device) / row_bytes)
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
 FIT_REPORT = ("value_error", "value_error_share", "nll", "std", "fit_steps")
+HELD_OUT = 1_000  # transitions at most that judge a fit
 
 
 class Agent:
     """SAC whose critics learn at states drawn from a one-step model."""
+
+    captured = ("policy", "learn", "fit_full", "judge_full")  # tensors in, tensors out: CUDA graphs
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         self.args, self.action_dim, self.device = args, action_dim, device
@@ -503,15 +434,14 @@ class Agent:
             {"params": list(self.actor.parameters()), "lr": args.actor_lr},
             {"params": list(self.critic.parameters()), "lr": args.critic_lr},
             {"params": [self.log_alpha], "lr": args.alpha_lr},
-        ]
-        self.optimizer = optim.Adam(groups, fused=True)  # Adam works elementwise: one for all is faster
-        sizes = (args.model_layers, args.model_hidden)
-        self.model = DeltaGaussian(1, obs_dim, action_dim, *sizes).to(device)
-        self.model_optimizer = optim.Adam(
-            self.model.parameters(), lr=args.model_lr, weight_decay=args.weight_decay, fused=True
-        )
+        ]  # Adam works elementwise: one for all is faster
+        fast = {"fused": True, "capturable": device.type == "cuda"}
+        self.optimizer = optim.Adam(groups, **fast)
+        self.model = DeltaGaussian(1, obs_dim, action_dim, args.model_layers, args.model_hidden).to(device)
+        learned, rate, decay = self.model.parameters(), args.model_lr, args.weight_decay
+        self.model_optimizer = optim.Adam(learned, lr=rate, weight_decay=decay, **fast)
         self.outcome = Outcome(obs_dim, action_dim).to(device)
-        self.outcome_optimizer = optim.Adam(self.outcome.parameters(), lr=args.critic_lr, fused=True)
+        self.outcome_optimizer = optim.Adam(self.outcome.parameters(), lr=args.critic_lr, **fast)
         self.formula = None  # make_buffer sees the task and may find it
         self.fit_report = torch.zeros(len(FIT_REPORT), device=device)  # of the last fit
 
@@ -522,30 +452,28 @@ class Agent:
             del self.outcome, self.outcome_optimizer
         return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
 
-    @torch.no_grad()
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
-        mean, log_std = self.actor(torch.as_tensor(obs, device=self.device)[None])
-        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
-        return u.tanh()[0].cpu().numpy()
+        return self.policy(torch.as_tensor(obs, device=self.device)[None], deterministic)[0].cpu().numpy()
 
-    def predict_outcome(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward and whether it ended, 0 or 1, of the step from obs [B, n] to next_obs: [B] each."""
-        if self.formula is not None:
-            return self.formula(obs, action, next_obs)
-        reward, logit = self.outcome(obs, action, next_obs)
-        return reward, (logit > 0).to(obs.dtype)
+    @torch.no_grad()
+    def policy(self, obs: Tensor, deterministic: bool) -> Tensor:
+        mean, log_std = self.actor(obs)
+        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        return u.tanh()
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
         """One gradient step, the model's many before it where they are due. Metrics stay tensors."""
-        args = self.args
-        if step == args.learning_starts + 1 or step % args.model_interval == 0:
+        if step == self.args.learning_starts + 1 or step % self.args.model_interval == 0:
             self.fit_model_again(buffer, step)
-        batch = buffer[buffer.sample(args.batch_size)]
-        metrics = self.fit_outcome(batch) if self.formula is None else {}
-        alpha, gamma, tau = self.log_alpha.detach().exp(), args.gamma, args.tau
+        metrics = self.learn(buffer[buffer.sample(self.args.batch_size)])
+        report = zip(FIT_REPORT, self.fit_report.clone(), strict=True)
+        return metrics | {f"model/{name}": x for name, x in report}
+
+    def critic_loss(self, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Scalar, and the values q [2, B] that it draws to their targets."""
+        recorded, gamma = self.args.critic_actions == "replay", self.args.gamma
         with torch.no_grad():
-            recorded = args.critic_actions == "replay"
             taken = batch.action if recorded else self.actor.sample(batch.obs)[0]
             imagined = self.imagine_next(batch.obs, taken)  # (1a)
             reward, done = self.predict_outcome(batch.obs, taken, imagined)
@@ -553,8 +481,12 @@ class Agent:
             next_q = self.critic_target(imagined, next_action).amin(0)
             target = soft_target(reward, done, next_q, next_log_prob, alpha, gamma)  # (1b)
         q = self.critic(batch.obs, taken)
-        critic_loss = twin_loss(q, target)  # (2)
+        return twin_loss(q, target), q  # (2)
 
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        metrics = self.fit_outcome(batch) if self.formula is None else {}
+        alpha = self.log_alpha.detach().exp()
+        critic_loss, q = self.critic_loss(batch, alpha)
         action, log_prob = self.actor.sample(batch.obs)
         actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
         alpha_loss = temperature_loss(self.log_alpha, log_prob, self.target_entropy)  # (4)
@@ -562,8 +494,7 @@ class Agent:
         self.optimizer.zero_grad()
         (critic_loss + actor_loss + alpha_loss).backward()  # no parameter is in two of them
         self.optimizer.step()
-        polyak(self.critic_target, self.critic, tau)  # (5)
-        metrics |= {f"model/{name}": x for name, x in zip(FIT_REPORT, self.fit_report.clone(), strict=True)}
+        polyak(self.critic_target, self.critic, self.args.tau)  # (5)
         return metrics | {
             "losses/qf_loss": critic_loss.detach(),
             "losses/qf_values": q.detach().mean(),
@@ -572,6 +503,23 @@ class Agent:
             "losses/alpha": alpha,
             "losses/entropy": -log_prob.detach().mean(),
         }
+
+    def fit_outcome(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step of the learned reward and termination on real transitions."""
+        reward, logit = self.outcome(batch.obs, batch.action, batch.next_obs)
+        reward_loss = (reward - batch.reward).square().mean()
+        ended_loss = F.binary_cross_entropy_with_logits(logit, batch.terminated)
+        self.outcome_optimizer.zero_grad()
+        (reward_loss + ended_loss).backward()
+        self.outcome_optimizer.step()
+        return {"model/reward_loss": reward_loss.detach(), "model/termination_loss": ended_loss.detach()}
+
+    def predict_outcome(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward and whether it ended, 0 or 1, of the step from obs [B, n] to next_obs: [B] each."""
+        if self.formula is not None:
+            return self.formula(obs, action, next_obs)
+        reward, logit = self.outcome(obs, action, next_obs)
+        return reward, (logit > 0).to(obs.dtype)
 
     def imagine_next(self, obs: Tensor, action: Tensor) -> Tensor:
         """(1a), the mean alone for vagram, whose σ is not trained: [B, n]."""
@@ -590,32 +538,33 @@ class Agent:
         return value.view(obs.shape[:-1])
 
     def model_loss(
-        self, batch: Batch, share: float, samples: int, first_epoch: bool, fixed: Tensor | None = None
+        self, batch: Batch, weights: Weights, samples: int, first_epoch: bool, fixed: Tensor | None = None
     ) -> Tensor:
-        """(9) with c = share, or (8c); the gradient reaches ψ through V and the policy's action, and no other
-        weight. fixed: the batch's rows of `once_per_fit`, without which ξ and V(s') of (8a) are new."""
+        """(9) with the weights of both losses, or (8c); the gradient reaches ψ through V and the policy's
+        action, and no other weight. fixed: the batch's rows of `once_per_fit`, else ξ and V(s') are new."""
         kind, obs, action = self.args.model_loss, batch.obs[None], batch.action[None]
-        delta, loss = (batch.next_obs - batch.obs)[None], torch.zeros((), device=self.device)
+        delta, losses = (batch.next_obs - batch.obs)[None], []
         mean, log_std = self.model(obs, action)
         if kind == "vagram":
             loss = gradient_aware_loss(delta - mean, fixed)[0]  # (8c)
             return loss + (delta - mean).square().sum(2).mean() if first_epoch else loss
-        if share > 0:
-            loss = share * likelihood_loss(delta, mean, log_std, self.model.varying)[0]  # (7)
-        if share < 1:
+        share, rest = weights
+        if share is not None:
+            losses.append(share * likelihood_loss(delta, mean, log_std, self.model.varying)[0])  # (7)
+        if rest is not None:
             aware = unbiased_value_aware_loss if kind == "vaml-unbiased" else value_aware_loss
             if fixed is None or fixed.shape[1] == 0:
                 fixed = self.valued(batch.next_obs)
             noise, value = fixed[:, :-1], fixed[:, -1]
             with constant(self.actor):
                 imagined = self.soft_value(self.model.scatter(obs, mean, log_std, samples), noise)
-            loss = loss + (1 - share) * aware(value[None], imagined)[0]  # (8a, 8b, 9)
-        return loss
+            losses.append(rest * aware(value[None], imagined)[0])  # (8a, 8b)
+        return sum(losses)  # (9)
 
     @torch.no_grad()
     def valued(self, obs: Tensor) -> Tensor:
         """New noise ξ of the policy and V(s) with it: [N, n] -> [N, m + 1]."""
-        noise = torch.randn(len(obs), self.action_dim, device=self.device)
+        noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         parts = zip(obs.split(4096), noise.split(4096), strict=True)
         return torch.cat([noise, torch.cat([self.soft_value(*part) for part in parts])[:, None]], 1)
 
@@ -636,9 +585,8 @@ class Agent:
                 mean, log_std = self.actor(part)
                 noise = torch.randn_like(mean)
                 u = mean + log_std.exp() * noise
-                value = self.critic_target(part, u.tanh()).mean(0) - alpha * squashed_log_prob(
-                    noise, log_std, u
-                )
+                log_prob = squashed_log_prob(noise, log_std, u)
+                value = self.critic_target(part, u.tanh()).mean(0) - alpha * log_prob
                 found += torch.autograd.grad(value.sum(), part)
         slope = torch.cat(found)
         norm = torch.linalg.vector_norm(slope, dim=1, keepdim=True)
@@ -660,23 +608,22 @@ class Agent:
         for `patience` epochs, or for `epochs` of them, or `most` steps. The best weights are kept."""
         args, first = self.args, not self.model_optimizer.state
         order = torch.randperm(buffer.size, device=self.device)
-        count = min(buffer.size // 5, 1_000)
+        count = min(buffer.size // 5, HELD_OUT)
         held, train = order[:count], order[count:]
         n, rows = len(self.model.varying), buffer.rows[: buffer.size]
         self.model.varying.copy_((rows[:, -1 - n : -1] != rows[:, :n]).any(0))
         fixed = self.once_per_fit(rows[:, -1 - n : -1], share, most)
+        weights = loss_weights(share, self.device)
+        judge = self.judge_full if count == HELD_OUT else self.judge
         taken, best, bad, kept = 0, math.inf, 0, copy.deepcopy(self.model.state_dict())
         for epoch in range(epochs):
             for at in train[torch.randperm(len(train), device=self.device)].split(args.model_batch):
-                loss = self.model_loss(buffer[at], share, args.samples, first and epoch == 0, fixed[at])
-                self.model_optimizer.zero_grad()
-                loss.backward()
-                self.model_optimizer.step()
+                fit = self.fit_full if len(at) == args.model_batch else self.fit
+                fit(buffer[at], weights, fixed[at], first and epoch == 0)
                 taken += 1
                 if taken == most:
                     break
-            with torch.no_grad():
-                score = float(self.model_loss(buffer[held], share, max(8, args.samples), False, fixed[held]))
+            score = float(judge(buffer[held], weights, fixed[held]))
             better = score < best
             if better:
                 best, kept = score, copy.deepcopy(self.model.state_dict())
@@ -685,6 +632,23 @@ class Agent:
                 break
         self.model.load_state_dict(kept)
         self.report_fit(buffer[held[:256]], taken)
+
+    def fit(self, batch: Batch, weights: Weights, fixed: Tensor, first_epoch: bool) -> Tensor:
+        """One gradient step of the model; returns the loss before it."""
+        loss = self.model_loss(batch, weights, self.args.samples, first_epoch, fixed)
+        self.model_optimizer.zero_grad()
+        loss.backward()
+        self.model_optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def judge(self, batch: Batch, weights: Weights, fixed: Tensor) -> Tensor:
+        """The model's loss on held-out transitions, with enough samples to be no noise."""
+        return self.model_loss(batch, weights, max(8, self.args.samples), False, fixed)
+
+    # A graph is made for one size. The last minibatch of a pass and the held-out rows of a replay that is still
+    # small have another in every fit and stay without; these are for the sizes that come again and again.
+    fit_full, judge_full = fit, judge
 
     @torch.no_grad()
     def report_fit(self, batch: Batch, taken: int) -> None:
@@ -704,16 +668,6 @@ class Agent:
         steps = torch.tensor(float(taken), device=self.device)
         self.fit_report.copy_(torch.stack([error, share, nll, std, steps]))
 
-    def fit_outcome(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of the learned reward and termination on real transitions."""
-        reward, logit = self.outcome(batch.obs, batch.action, batch.next_obs)
-        reward_loss = (reward - batch.reward).square().mean()
-        ended_loss = F.binary_cross_entropy_with_logits(logit, batch.terminated)
-        self.outcome_optimizer.zero_grad()
-        (reward_loss + ended_loss).backward()
-        self.outcome_optimizer.step()
-        return {"model/reward_loss": reward_loss.detach(), "model/termination_loss": ended_loss.detach()}
-
     def state_dict(self) -> dict:
         """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
         parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
@@ -726,349 +680,386 @@ class Agent:
             part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
 
 
-def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, TypeError):  # Linux
-        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def train(args: Args) -> Path:
+    """Start a run, or go on with args.resume; returns its folder.
 
-
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The task with flat observations and actions in [−1, 1]; with video_dir its first episode is recorded.
-
-    Raises BadInput for an unknown id, for spaces that this family cannot serve, and where rendering fails.
+    Raises BadInput for a mistake, before anything is on disk, and RunFailed for a run that cannot go on.
     """
-    try:
-        render = {} if video_dir is None else {"render_mode": "rgb_array"}
-        env = gym.make(env_id, disable_env_checker=True, **render)
-        if video_dir is not None:
-            env.reset()
-            env.render()
-            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
-    except Exception as error:  # tasks and renderers fail in many ways
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        require(video_dir is None, "capture_video", True, f"off where rendering fails: {why}")
-        require(False, "env_id", env_id, f"a task that can be made: {why}")
-    space, box = env.observation_space, env.action_space
-    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
-    continuous = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
-    bounded = continuous and box.is_bounded() and (box.low < box.high).all()
-    require(bounded, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
-    flat = gym.spaces.Box(box.low.ravel(), box.high.ravel(), dtype=box.dtype)
-    clip = lambda action: np.clip(action, flat.low, flat.high).reshape(box.shape)  # noqa: E731  rounding overshoots
-    env = gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), clip, flat)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    device, env = prepare(args), make_env(args.env_id)
+    env.reset(seed=args.seed)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(args, obs_dim, action_dim, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
+    with RunFolder(args, env, agent, buffer, evaluate) as run:
+        obs = begin_episode(env, agent)
+        for step in run.steps():
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(action_dim).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated, run.episode)
+            metrics = {} if warm_up else agent.update(buffer, step)
+            obs = next_obs
+
+            if step % args.log_every == 0:
+                run.log(metrics | run.speed())
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                run.evaluate()
+            if terminated or truncated:
+                run.end_episode(info["episode"])
+                obs = begin_episode(env, agent)
+    return run.path
 
 
-def finite(step: int, name: str, value) -> np.ndarray:
-    """The task's number or array as float32. Raises BadInput if it is not finite."""
-    with np.errstate(over="ignore"):
-        result = np.asarray(value, np.float32)
-    if not np.isfinite(result).all():
-        raise BadInput(f"step {step}: the task's {name} must be finite in float32, got {value}")
-    return result
-
-
-def take_step(env: gym.Env, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
-    """env.step as float32 and float. Raises RunFailed or BadInput if agent or task is not finite."""
-    if not np.isfinite(action).all():
-        raise RunFailed(f"step {step}: the agent's action is not finite: {action}")
-    obs, reward, terminated, truncated, _ = env.step(action)
-    finite(step, "reward", reward)
-    return finite(step, "observation", obs), float(reward), bool(terminated), bool(truncated)
-
-
-def evaluate(agent: "Agent", args: "Args", step: int, video_dir: Path | None) -> dict[str, float]:
+def evaluate(agent: Agent, args: Args, step: int, video_dir: Path | None = None) -> dict[str, float]:
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
-    env, returns, lengths = make_env(args.env_id, video_dir), [], []
+    env, episodes = make_env(args.env_id, video_dir), []
     for episode in range(args.eval_episodes):
-        if SIGNALS:
-            raise SystemExit(128 + SIGNALS[0])
-        obs, done = env.reset(seed=None if episode else args.seed + 100)[0], False
-        obs, episode_return, length = finite(step, "observation", obs), 0.0, 0
+        obs, done = begin_episode(env, agent, None if episode else args.seed + 100), False
         while not done:
-            obs, reward, terminated, truncated = take_step(env, agent.act(obs, deterministic=True), step)
-            episode_return, length, done = episode_return + reward, length + 1, terminated or truncated
-        returns.append(episode_return)
-        lengths.append(length)
+            obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
+            done = terminated or truncated
+        episodes.append(info["episode"])
     env.close()
+    returns, lengths = ([float(episode[key]) for episode in episodes] for key in "rl")
     stats = {"return_mean": np.mean(returns), "return_std": np.std(returns), "length_mean": np.mean(lengths)}
     return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
 
 
-def write_atomically(path: Path, write, keep: Path | None = None) -> None:
-    """write(file), fsync, rename: path holds old bytes or new, `keep` then the old. Raises RunFailed."""
-    temporary = path.with_name(path.name + ".tmp")
+# --- the same in every file from here on: checks, task, run folder, graphs, command line ---
+
+ALGO, FORMAT, SIGNALS = Path(__file__).stem, 2, []  # FORMAT of checkpoints; SIGINT or SIGTERM, once received
+
+
+class BadInput(ValueError):
+    """The user's mistake, or the task's: one line on stderr, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput that names the argument, its value and what is allowed."""
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check(args) -> None:
+    """Raise BadInput for an argument out of the range in its annotation, or at odds with another."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for low, high in (x for x in get_args(field.type) if isinstance(x, tuple) and value is not None):
+            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            require(low <= value <= high and value < math.inf, field.name, value, allowed)
+    batch, warm_up, total = args.batch_size, args.learning_starts, args.total_timesteps
+    require(batch <= warm_up, "batch_size", batch, f"at most --learning-starts {warm_up}")
+    require(warm_up < total, "learning_starts", warm_up, f"below --total-timesteps {total}")
+    require(batch <= args.buffer_size, "buffer_size", args.buffer_size, f"at least --batch-size {batch}")
+
+
+def prepare(args) -> torch.device:
+    """Threads, seed and determinism as the arguments say; returns the device. Raises BadInput."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "auto or cpu here: torch finds no CUDA device")
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cuda)
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def available_memory(device: torch.device) -> float:  # in bytes
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").exists():  # Linux
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def finite(name: str, value, error=BadInput) -> np.ndarray:
+    """The value as float32, or the error. Here, several times in each step, a signal ends the run."""
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
+    with np.errstate(over="ignore"), contextlib.suppress(TypeError, ValueError):
+        if np.isfinite(result := np.asarray(value, np.float32)).all():
+            return result
+    raise error(f"{name} must be finite in float32, got {value}")
+
+
+def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> gym.Env:
+    """The task, actions in [−1, 1]; its numbers flat, float32 and finite, or `raw` as it gives them."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
-        with contextlib.suppress(OSError):
+        env = gym.make(env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if video_dir else {})
+        if video_dir:  # its first episode; tried out before RecordVideo makes its folder
+            env.reset()
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
+    except Exception as error:  # tasks and renderers fail in many ways
+        require(not video_dir, "capture_video", True, f"off where rendering fails: {error!r}")
+        require(False, "env_id", env_id, f"a task that can be made: {error!r}")
+    box = env.action_space
+    real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    fit = real and box.is_bounded() and (box.low < box.high).all()
+    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+    low, high = box.low.ravel(), box.high.ravel()  # which the rounding of RescaleAction overshoots
+    fit = lambda a: np.clip(finite("the agent's action", a, RunFailed), low, high).reshape(box.shape)
+    env = gym.wrappers.TransformAction(env, fit, gym.spaces.Box(low, high, dtype=box.dtype))
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if raw:
+        return env
+    space = env.observation_space
+    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
+    flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
+    seen = lambda obs: finite("the task's observation", obs).ravel()
+    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]
+    env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
+    """An episode's first observation. An agent that remembers has a `begin_episode`, and is told here."""
+    obs, _ = env.reset(seed=seed)
+    getattr(agent, "begin_episode", lambda: None)()
+    return obs
+
+
+def captured(method):
+    """CUDA graphs of it, one a signature. It reads no tensor; its next call overwrites what it returned."""
+    graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+    def call(*args):
+        signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
+        graph = graphs.setdefault(signature, SimpleNamespace(calls=0))
+        graph.calls += 1
+        if graph.calls <= 3:  # ordinary calls, on a side stream as capture demands
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = method(*args)
+            main.wait_stream(side)
+            return result
+        if graph.calls == 4:
+            graph.captured = torch.cuda.CUDAGraph()
+            graph.inputs = pytree.tree_map_only(Tensor, torch.clone, args)
+            with torch.cuda.graph(graph.captured):  # executes nothing
+                graph.result = method(*graph.inputs)
+        torch._foreach_copy_(tensors(graph.inputs), tensors(args))
+        graph.captured.replay()
+        return graph.result
+
+    return call
+
+
+class RunFolder(contextlib.AbstractContextManager):
+    """What a run leaves on disk; evaluate(agent, args, step, video_dir) returns a row of eval.csv."""
+
+    def __init__(self, args, env: gym.Env, agent, buffer, evaluate):
+        self.args, self.env, self.agent, self.buffer, self.evaluation = args, env, agent, buffer, evaluate
+        self.step, self.episode, self.rows, self.saved, self.last_time = 0, 0, [], 0, 0.0
+        self.writer, self.began, self.complete = None, time.perf_counter(), False
+        for name in agent.captured if agent.device.type == "cuda" and args.cuda_graphs else ():
+            setattr(agent, name, captured(getattr(agent, name)))
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        there = next(p for p in (self.path.absolute() / "x").parents if p.exists())
+        require(os.access(there, 3), "runs_dir", args.runs_dir, "a folder that can be written")  # W_OK | X_OK
+        if args.resume:
+            self.restore()
+        else:  # everything that can be wrong is asked before a file is touched
+            self.evaluate()
+            self.save("checkpoint.pt")
+        if not self.complete:
+            self.write_args()
+        self.last_step, self.last_time = self.step, time.perf_counter()
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.writer:
+            self.writer.close()
+        self.env.close()
+        if isinstance(error, SystemExit):
+            again = f"python {sys.argv[0]} --resume {self.path}"
+            print(f"stopped at step {self.step}; to continue: {again}", file=sys.stderr)
+        if isinstance(error, BadInput | RunFailed | OSError):
+            kind = BadInput if isinstance(error, BadInput) else RunFailed
+            raise kind(f"step {self.step}: {error}; {self.path} keeps its last good checkpoint") from error
+
+    def steps(self, at_once: int = 1):  # the numbers of those that are left to take
+        total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
+        if self.complete:
+            return print(f"{self.path} is complete: {total} steps")
+        with tqdm(total=total, initial=self.step, mininterval=pace) as self.bar:
+            while self.step < total:
+                self.step += at_once
+                yield self.step
+                self.bar.update(at_once)
+        self.save("final.pt")
+        print(f"done: {self.path}")
+
+    def speed(self) -> dict[str, float]:  # since the last call, evaluations left out
+        steps, took = self.step - self.last_step, time.perf_counter() - self.last_time
+        self.last_step, self.last_time = self.step, time.perf_counter()
+        return {"charts/SPS": steps / took, "time/seconds": self.last_time - self.began}
+
+    def log(self, scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
+
+    def end_episode(self, episode: dict[str, float], count: int = 1) -> None:
+        """Log it, perhaps save: only between episodes is the task's state no more than its generator's."""
+        self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
+        self.episode += count
+        if self.step - self.saved >= self.args.checkpoint_every and self.step < self.args.total_timesteps:
+            self.save("checkpoint.pt")
+
+    def evaluate(self) -> None:
+        """A row of eval.csv, points in TensorBoard, a line on the screen; training is not touched."""
+        before, agent, videos = time.perf_counter(), self.agent, self.path / "videos" / f"step-{self.step}"
+        kept = {name: getattr(agent, name).clone() for name in getattr(agent, "acting", ())}
+        with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + 100)
+            row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
+        for name, remembered in kept.items():
+            getattr(agent, name).copy_(remembered)
+        self.rows.append(row | {"seconds": round(time.perf_counter() - self.began, 2)})
+        self.write_rows()
+        more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
+        text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
+        tqdm.write(text + more)
+        tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
+        self.last_time += (took := time.perf_counter() - before)
+        self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
+
+    def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
+        if not self.writer:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
+        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
+        self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
+
+    def write_args(self) -> None:  # for people and tools, with what else the bits depend on
+        describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+        git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
+        record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        record |= {m.__name__: m.__version__ for m in (torch, np, gym, sys.modules.get("mujoco")) if m}
+        text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
+        self.write("args.json", lambda file: file.write(text.encode()))
+
+    def write(self, name: str, write) -> None:  # so that the file holds old bytes or new
+        path, temporary = self.path / name, self.path / f"{name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.suffix == ".pt" and path.exists():
+                path.replace(path.with_suffix(".previous.pt"))
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
             temporary.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path}: {error}") from error
+            raise RunFailed(f"cannot write {path}: {error}") from error
 
+    def save(self, name: str) -> None:
+        """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
+        agent = self.agent.state_dict()
+        for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
+            if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+                raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
+        state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows}
+        state |= {"seconds": time.perf_counter() - self.began}
+        state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
+        state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
+        self.writer.flush()
+        self.write(name, lambda file: torch.save(state, file))
+        self.saved = self.step
 
-def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows), ""]
-    write_atomically(run_dir / "eval.csv", lambda file: file.write("\n".join(lines).encode()))
-
-
-def write_args(run_dir: Path, args: "Args") -> None:
-    """args.json: every argument, the versions that the bits depend on, the commit of this file."""
-    record = {"algo": ALGO, "args": dataclasses.asdict(args), "python": platform.python_version()}
-    for name in ("torch", "numpy", "gymnasium", "mujoco"):
-        with contextlib.suppress(PackageNotFoundError):
-            record[name] = version(name)
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).resolve().parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    try:
-        record["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        record["git_commit"] = None
-    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write atomically, keep the one before. Raises RunFailed if a tensor of the agent is not finite."""
-    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(state["agent"])[0]:
-        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
-            name = ".".join(str(getattr(key, "key", key)) for key in keys)
-            raise RunFailed(f"step {state['step']}: {name} is not finite")
-    write_atomically(path, lambda file: torch.save(state, file), path.with_suffix(".previous.pt"))
+    def restore(self) -> None:
+        """Go on from the newest checkpoint. Raises BadInput where the run would not be one and the same."""
+        saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"
+        longer = args.total_timesteps > saved["args"]["total_timesteps"]
+        for name, value in (saved["args"] | {"resume": args.resume}).items():
+            same = getattr(args, name) == value or (longer and name == "total_timesteps")
+            allowed = f"{value} as in {self.path}: a resumed run may only get more --total-timesteps"
+            require(same, name, getattr(args, name), allowed)
+        there, here = "cpu" if saved["cuda_rng"] is None else "cuda", self.agent.device.type
+        require(there == here, "device", here, f"{there} as in {self.path}")
+        self.complete = final.exists() and not longer
+        if self.complete:
+            return
+        try:
+            self.agent.load_state_dict(saved["agent"])
+            self.buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {self.path}: must fit the task as it is now: {error}") from error
+        self.step, self.episode, self.rows = saved["step"], saved["episode"], saved["rows"]
+        self.saved, self.began = self.step, self.began - saved["seconds"]
+        self.env.unwrapped.np_random.bit_generator.state = json.loads(saved["task_rng"])
+        torch.set_rng_state(saved["torch_rng"])
+        if here == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        final.unlink(missing_ok=True)
+        self.write_rows()
+        if longer:  # a run's length is part of its checkpoint
+            self.save("checkpoint.pt")
 
 
 def load_checkpoint(run_dir: Path) -> dict:
     """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
     path = run_dir / "checkpoint.pt"
-    if not path.exists():  # killed between the two renames of save_checkpoint
-        path = path.with_suffix(".previous.pt")
-    require(path.exists(), "resume", run_dir, "a run folder with a checkpoint.pt")
+    path = path if path.exists() else path.with_suffix(".previous.pt")  # killed between two renames
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = (state["algo"], state["format"])
-    except Exception as error:  # damaged files raise many types
-        hint = f"without damage: {path.name} is unreadable (delete it to fall back on checkpoint.previous.pt)"
-        raise BadInput(f"--resume {run_dir}: must be a run {hint}") from error
-    ours = f"a run of {ALGO}, format {CHECKPOINT_FORMAT}"
-    require(
-        found == (ALGO, CHECKPOINT_FORMAT), "resume", run_dir, f"{ours}, not {found[0]}, format {found[1]}"
-    )
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        found, ours = f"{state['algo']}, format {state['format']}", f"{ALGO}, format {FORMAT}"
+    except Exception as error:  # missing and damaged files raise many types
+        hint = "an unreadable one may be deleted to fall back on checkpoint.previous.pt"
+        raise BadInput(f"--resume {run_dir}: must be a run folder with a checkpoint.pt; {hint}") from error
+    require(found == ours, "resume", run_dir, f"a run of {ours}, not {found}")
     return state
 
 
-@contextlib.contextmanager
-def staged(run_dir: Path):
-    """Yield a hidden folder that becomes run_dir if the block succeeds and vanishes without trace if not."""
-    hidden, parents = run_dir.with_name("." + run_dir.name), [p for p in run_dir.parents if not p.exists()]
-    try:
+def parse(argv: list[str] | None = None):
+    """Args from the command line over a run's own, or what `Args.defaults` makes of it. Raises BadInput."""
+
+    def read(defaults: dict) -> dict:
+        groups = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+        kinds = [(type(g).__name__, tyro.conf.OmitArgPrefixes[type(g)]) for g in groups]
+        flags = dataclasses.make_dataclass("Flags", kinds)(*groups)
         try:
-            hidden.mkdir(parents=True)
-        except OSError as error:
-            require(False, "runs_dir", run_dir.parent, f"a folder that can be written: {error.strerror}")
-        yield hidden
-        hidden.rename(run_dir)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in parents:
-                parent.rmdir()
-        raise
+            with contextlib.redirect_stderr(io.StringIO()) as box:
+                parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
+            raise BadInput(re.split(" Argument helptext| For full", " ".join(lines))[0].strip()) from None
+        return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
-
-def train(args: "Args") -> Path:
-    """Start or resume a run and return its folder.
-
-    Raises BadInput for the user's mistakes (a new run then leaves nothing on disk) and RunFailed.
-    """
-    torch.set_num_threads(args.num_threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    env = make_env(args.env_id)
-    env.reset(seed=args.seed)
-    task_rng = env.unwrapped.np_random.bit_generator
-    dims = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = Agent(args, *dims, device)
-    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
-    step, episode, rows, seconds_before, started = 0, 0, [], 0.0, time.perf_counter()
-
-    def seconds() -> float:
-        return round(seconds_before + time.perf_counter() - started, 2)
-
-    def evaluate_into(folder: Path) -> None:
-        row = evaluate(agent, args, step, folder / "videos" / f"step-{step}" if args.capture_video else None)
-        rows.append(row | {"seconds": seconds()})
-        write_evaluations(folder, rows)
-        tqdm.write(f"step {step:>8}  evaluation return {row['return_mean']:9.2f} ± {row['return_std']:.2f}")
-
-    def save(path: Path) -> None:
-        """At an episode's end the task's state is its generator alone, so resuming is exact."""
-        state = {"format": CHECKPOINT_FORMAT, "algo": ALGO, "args": dataclasses.asdict(args) | {"resume": ""}}
-        state |= {"step": step, "episode": episode, "rows": rows, "seconds": seconds()}
-        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task_rng.state)}
-        state |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        save_checkpoint(path, state | {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
-
-    if args.resume:
-        run_dir = Path(args.resume)
-        saved = load_checkpoint(run_dir)
-        for name, value in saved["args"].items():
-            given, longer = getattr(args, name), name == "total_timesteps" and args.total_timesteps > value
-            allowed = f"{value} as in {run_dir}: a resumed run may only get more --total-timesteps"
-            require(given == value or name == "resume" or longer, name, given, allowed)
-        planned = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
-        if (run_dir / "final.pt").exists() and planned == args.total_timesteps:
-            print(f"{run_dir} is complete: {args.total_timesteps} steps")
-            return run_dir
-        written_on = "cpu" if saved["cuda_rng"] is None else "cuda"
-        require(written_on == device.type, "device", device.type, f"{written_on} as in {run_dir}")
-        try:
-            agent.load_state_dict(saved["agent"])
-            buffer.load_state_dict(saved["buffer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise BadInput(f"--resume {run_dir}: must fit the task as it is now: {error}") from error
-        step, episode, rows, seconds_before = (saved[k] for k in ("step", "episode", "rows", "seconds"))
-        torch.set_rng_state(saved["torch_rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-        task_rng.state = json.loads(saved["task_rng"])
-        (run_dir / "final.pt").unlink(missing_ok=True)
-        write_args(run_dir, args)
-        write_evaluations(run_dir, rows)
-        print(f"resuming {run_dir} at step {step}")
-        del saved
-    else:
-        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path(args.runs_dir) / re.sub(r"[^\w.-]+", "-", name)
-        with staged(run_dir) as folder:  # from its first moment on the folder can be resumed
-            evaluate_into(folder)
-            write_args(folder, args)
-            save(folder / "checkpoint.pt")
-
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else 0)
-    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    def log(scalars: dict[str, object]) -> None:
-        for name, value in scalars.items():
-            if not math.isfinite(value := float(value)):
-                raise RunFailed(f"step {step}: {name} is {value}; {run_dir} keeps its last good checkpoint")
-            writer.add_scalar(name, value, step)
-
-    def log_evaluation() -> None:
-        log({f"eval/episodic_{name}": rows[-1][f"{name}_mean"] for name in ("return", "length")})
-
-    last_save, last_log, last_time, episode_return, episode_start = step, step, time.perf_counter(), 0.0, step
-    try:
-        if step == 0:
-            log_evaluation()
-        obs = finite(step, "observation", env.reset()[0])
-        while step < args.total_timesteps:
-            if SIGNALS:
-                raise SystemExit(128 + SIGNALS[0])
-            step += 1
-            warm_up = step <= args.learning_starts
-            action = 2 * torch.rand(dims[1]).numpy() - 1 if warm_up else agent.act(obs)
-            next_obs, reward, terminated, truncated = take_step(env, action, step)
-            buffer.add(obs, action, reward, next_obs, terminated, episode)
-            obs, episode_return = next_obs, episode_return + reward
-            metrics = {} if warm_up else agent.update(buffer, step)
-            bar.update()
-
-            if step % args.log_every == 0:
-                speed = (step - last_log) / (time.perf_counter() - last_time)
-                log(metrics | {"charts/SPS": speed, "time/seconds": seconds()})
-                last_log, last_time = step, time.perf_counter()
-            if step % args.eval_every == 0 or step == args.total_timesteps:
-                before = time.perf_counter()
-                evaluate_into(run_dir)
-                log_evaluation()
-                log({"time/evaluation": time.perf_counter() - before})
-                last_time += time.perf_counter() - before  # charts/SPS is the speed of training alone
-            if terminated or truncated:
-                length = step - episode_start
-                log({"charts/episodic_return": episode_return, "charts/episodic_length": length})
-                bar.set_postfix_str(f"return={episode_return:.1f}", refresh=False)
-                episode, episode_return, episode_start = episode + 1, 0.0, step
-                if step - last_save >= args.checkpoint_every and step < args.total_timesteps:
-                    writer.flush()
-                    save(run_dir / "checkpoint.pt")
-                    last_save = step
-                obs = finite(step, "observation", env.reset()[0])
-        writer.flush()
-        save(run_dir / "final.pt")
-    except SystemExit:
-        again = f"python {sys.argv[0]} --resume {run_dir}"
-        bar.close()
-        print(f"stopped at step {step}; to continue: {again}", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-        writer.close()
-        env.close()
-    print(f"done: {run_dir}, last evaluation {rows[-1]['return_mean']:.2f} ± {rows[-1]['return_std']:.2f}")
-    return run_dir
-
-
-def parse(argv: list[str] | None = None) -> "Args":
-    """Args from the command line, grouped in --help by the classes Args inherits. Raises BadInput.
-
-    With --resume the defaults are the run's own arguments, so that only what was typed can differ.
-    """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--resume", nargs="?")
-    resume, defaults = peek.parse_known_args(argv)[0].resume, Args.defaults(argv)
-    if resume:
-        try:
-            defaults |= json.loads((Path(resume) / "args.json").read_text())["args"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {resume}: must be a run folder with a readable args.json") from error
-    values = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
-    groups = [(g.__name__, tyro.conf.OmitArgPrefixes[g]) for g in Args.__bases__]
-    flags, box = dataclasses.make_dataclass("Flags", groups), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            parsed = tyro.cli(flags, args=argv, description=__doc__, default=flags(*values))
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
-        text = " ".join(line for line in lines if line.strip("-"))
-        text = re.split(" Argument helptext| For full helptext", text)[0]
-        raise BadInput(re.sub(r"^Error parsing \w+: ", "", text)) from None
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
-
-
-def stop_after_this_step(number: int, _: object) -> None:
-    """Note the signal for the loop: raised anywhere, an exception can break a lock. A second one kills."""
-    os.write(2, b"stopping; once more to kill\n")
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    values = read(dataclasses.asdict(Args()))
+    if run := values["resume"]:
+        saved = load_checkpoint(Path(run))["args"]
+        same = f"a run of this file as it is now; they differ in {sorted(saved.keys() ^ values.keys())}"
+        require(saved.keys() == values.keys(), "resume", run, same)
+        values = read(saved)
+    elif hasattr(Args, "defaults"):
+        values = read(Args.defaults(values))
+    return Args(**values)
 
 
 def main(learn) -> None:
+    def stop(number: int, _) -> None:  # noted: raised anywhere, an exception can break a lock
+        os.write(2, b"stopping; once more to kill\n")
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
     if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
         ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_after_this_step)
+        signal.signal(number, stop)
     try:
         learn(parse())
     except (BadInput, RunFailed, OSError) as error:

@@ -36,7 +36,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve()
+ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}
 LEARNERS = {"ddpg": "DDPG", "td3": "TD3", "ddpg_mve": "DDPG", "mage": "TD3"}  # of a peer; else SAC
@@ -148,8 +149,8 @@ def side_by_side(commands: list[list], steps: int, seconds: float, patience: flo
         processes = []
         for command, path in zip(commands, outputs, strict=True):
             with open(path, "w") as out, open(path.with_suffix(".err"), "w") as error:
-                words, options = [str(word) for word in command], {"env": environment, "cwd": ROOT}
-                processes.append(subprocess.Popen(words, stdout=out, stderr=error, **options))
+                words = [str(word) for word in command]
+                processes.append(subprocess.Popen(words, env=environment, stdout=out, stderr=error))
             stack.callback(stop, processes[-1])
         heard, last = 0, time.monotonic()
         while True:
@@ -167,7 +168,7 @@ def side_by_side(commands: list[list], steps: int, seconds: float, patience: flo
             begin = max(found[0][1] for found in points)
             spans = [[point for point in found if point[1] >= begin] for found in points]
             spans = [(s[-1][0] - s[0][0], s[-1][1] - s[0][1]) if s else (0, 0.0) for s in spans]
-            if all(done >= max(steps, 1) and took >= seconds for done, took in spans):
+            if all(done >= steps and took >= seconds for done, took in spans):
                 return [done / took for done, took in spans]
 
 
@@ -207,7 +208,7 @@ class Task(NamedTuple):
     def ours(self, algo: str, flags: list[str], more: int = 0, processes: int = 1) -> list[float]:
         """Steps/s of each of `processes` runs of the file; measured `more` steps later."""
         own = ROWS.get(algo, Row())
-        begin, worker = self.warm_up + own.settle + more, [sys.executable, __file__, "--worker", "ours"]
+        begin, worker = self.warm_up + own.settle + more, [sys.executable, HERE, "--worker", "ours"]
         worker += ["--algo", algo, "--begin", begin, "--period", own.period, "--"]
         worker += ["--env-id", self.env_id, "--learning-starts", self.warm_up, "--device", self.device]
         worker += ["--num-threads", self.threads, "--eval-episodes", 1, "--buffer-size", TOTAL // 10]
@@ -219,7 +220,7 @@ class Task(NamedTuple):
 
     def peer(self, peer: str, algo: str) -> list[float]:
         """Steps/s of the peer's learner."""
-        worker = [sys.executable, __file__, "--worker", peer, "--algo", algo, "--env-id", self.env_id]
+        worker = [sys.executable, HERE, "--worker", peer, "--algo", algo, "--env-id", self.env_id]
         worker += ["--device", self.device, "--warm-up", self.warm_up]
         return self.measured([[*worker, "--begin", self.warm_up + Row().settle]])
 
@@ -323,7 +324,8 @@ def on_gpu(args, algo: str, peers: list[str]) -> bool:
         f"{found[name][0]:.1f}" if found.get(name) else "-" for name in ("eager", "captured", *args.peers)
     ]
     line = f"{algo:<13} {env_id:<20} {shown[0]:>8} {shown[1]:>9} {ratio:>6} {row.least:>6.1f}"
-    print(line + "".join(f" {x:>8}" for x in shown[2:]) + f"   {' '.join(flags)}", flush=True)
+    line += "".join(f" {x:>8}" for x in shown[2:]) + f"   {' '.join(flags)}"
+    print(line.rstrip(), flush=True)
     if args.processes > 1:
         found["together"] = tried(f"{algo}, together", functools.partial(captured, args.processes))
         if speeds := found["together"]:
@@ -358,6 +360,7 @@ def main() -> int:
     parser.add_argument("--period", type=int, help=argparse.SUPPRESS)
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for the algorithms that have them")
     args = parser.parse_args()
+    sys.path.append(os.getcwd())  # as our files do: --env-id package.module:Name-v0 is found where you stand
     if args.worker == "ours":
         run_ours(args.algo[0], args.begin, args.period, args.extra)
         return 0
@@ -366,12 +369,12 @@ def main() -> int:
         return 0
 
     cuda, wanted = args.device == "cuda", args.peers
-    args.steps = args.steps or (1 if cuda else 2000)
-    args.seconds = (5.0 if cuda else 0.0) if args.seconds is None else args.seconds
+    defaults = {"steps": 1 if cuda else 2000, "seconds": 5.0 if cuda else 0.0}
+    vars(args).update((name, value) for name, value in defaults.items() if getattr(args, name) is None)
     try:
         for name in ("processes", "rounds", "steps", "warm_up"):
-            if (getattr(args, name) or 1) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if args.processes > 1 and not cuda:
             raise ValueError(f"--processes {args.processes}: must be with --device cuda")
         if cuda:

@@ -68,7 +68,7 @@ def lengths(path: Path) -> list[str]:
     """One line for each part of the file that is longer than it may be."""
     above, below, _ = halves(path.read_text())
     found = [("lines above the header", above.count("\n") + 1, LONGEST.get(path.stem, 850))]
-    found.append(("lines below the header", below.count("\n") + 2, BELOW))
+    found.append(("lines below the header", below.count("\n") + 1, BELOW))
     found += [(name, b - a, LOOP) for name, (a, b) in blocks(above).items() if name.startswith("train")]
     return [f"{path.name}: {name}: {count}, at most {most}" for name, count, most in found if count > most]
 

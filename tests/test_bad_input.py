@@ -49,7 +49,10 @@ MISTAKES = {
     "learning rate negative": (["--critic-lr", -1e-3], "--critic-lr -0.001: must be at least 0"),
     "learning rate infinite": (["--actor-lr", "inf"], "--actor-lr inf: must be at least 0"),
     "temperature zero": (["--init-alpha", 0], "--init-alpha 0.0: must be in"),
-    "target entropy infinite": (["--target-entropy", "inf"], "--target-entropy inf: must be finite"),
+    "target entropy infinite": (
+        ["--target-entropy", "inf"],
+        "--target-entropy inf: must be in [-1000000.0, 1000000.0]",
+    ),
     "no hidden units": (["--hidden", 0], "--hidden 0: must be in [1, 65536]"),
     "not an integer": (["--batch-size", "many"], "--batch-size"),
     "fraction for an integer": (["--batch-size", 2.5], "--batch-size"),
@@ -143,7 +146,7 @@ def test_video_without_a_working_renderer(step_loop, tmp_path, capsys, monkeypat
 
 
 def test_checkpoints_that_are_not_one(loop, finished, tmp_path, capsys, monkeypatch):
-    """Truncated, random bytes, another file's, another format, no args.json: named, and nothing touched."""
+    """Truncated, random bytes, another file's, an older format, other flags: named, and nothing touched."""
     good = finished(loop, tmp_path)
 
     def spoiled(spoil, expected: str) -> None:
@@ -170,11 +173,22 @@ def test_checkpoints_that_are_not_one(loop, finished, tmp_path, capsys, monkeypa
     spoiled(lambda bad: (bad / "checkpoint.pt").write_bytes(os.urandom(5000)), "unreadable")
     spoiled(lambda bad: (bad / "checkpoint.pt").write_bytes(b""), "unreadable")
     spoiled(lambda bad: torch.save([1, 2], bad / "checkpoint.pt"), "unreadable")
-    spoiled(rewrite(algo="td7"), f"a run of {loop}, format 1, not td7, format 1")
-    spoiled(rewrite(format=99), f"a run of {loop}, format 1, not {loop}, format 99")
+    spoiled(rewrite(algo="td7"), f"a run of {loop}, format 2, not td7, format 2")
+    spoiled(rewrite(format=1), f"a run of {loop}, format 2, not {loop}, format 1")
+    spoiled(rewrite(args={"resume": "", "gama": 0.9}), "a run of this file as it is now; they differ in [")
     spoiled(lambda bad: [path.unlink() for path in bad.glob("checkpoint*.pt")], "with a checkpoint.pt")
-    spoiled(lambda bad: (bad / "args.json").unlink(), "readable args.json")
-    spoiled(lambda bad: (bad / "args.json").write_text("{"), "readable args.json")
+
+
+def test_checkpoint_is_the_only_truth(loop, finished, tmp_path):
+    """Without args.json and eval.csv a run goes on all the same, and writes them anew."""
+    folder, module = finished(loop, tmp_path), load(loop)
+    before = (folder / "eval.csv").read_text()
+    for name in ("final.pt", "args.json", "eval.csv"):
+        (folder / name).unlink()
+    learner(loop)(module.parse(["--resume", str(folder)]))
+    assert json.loads((folder / "args.json").read_text())["algo"] == loop
+    without_time = lambda text: [line.split(",")[:-1] for line in text.splitlines()]  # noqa: E731
+    assert without_time((folder / "eval.csv").read_text()) == without_time(before)
 
 
 def test_long_messages_stay_on_one_line(step_loop, tmp_path, capsys, monkeypatch):
@@ -207,7 +221,7 @@ def test_checkpoint_cannot_run_code(loop, finished, tmp_path, capsys, monkeypatc
     """A pickle that would create a folder on loading is refused."""
     folder = finished(loop, tmp_path)
     monkeypatch.chdir(tmp_path)
-    torch.save({"algo": loop, "format": 1, "agent": Evil()}, folder / "checkpoint.pt")
+    torch.save({"algo": loop, "format": 2, "agent": Evil()}, folder / "checkpoint.pt")
     (folder / "final.pt").unlink()
     assert "unreadable" in fails(loop, ["--resume", folder], capsys, monkeypatch)
     assert not (tmp_path / "owned").exists()
@@ -241,7 +255,7 @@ def test_run_that_diverges_names_step_and_tensor(step_loop, tmp_path):
     done = shell(step_loop, *flags)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: step ") and " is " in line
+    assert line.startswith("error: step ") and "finite" in line and "keeps its last good checkpoint" in line
     assert any(name in line for name in ("losses/", "model/", "the agent's action", "weight", "bias")), line
     (folder,) = tmp_path.iterdir()
     for _, tensor in torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["actor"].items():

@@ -239,12 +239,15 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
 
 
 def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, capsys):
-    """One line, where it is of use: a GPU, at least two runs at once that may use it, no daemon that answers."""
+    """One line where it is of use: a GPU, two runs or more at once that may use it, no daemon that answers."""
     monkeypatch.syspath_prepend(ROOT / "experiments")
     launch = load("launch", ROOT / "experiments" / "launch.py")
-    monkeypatch.setattr(
-        launch, "execute", lambda jobs, workers: [setattr(job, "outcome", "done") for job in jobs]
-    )
+
+    def done(jobs: list, *_) -> None:
+        for job in jobs:
+            launch.settle(job, 0, 1.0)
+
+    monkeypatch.setattr(launch, "execute", done)
     rest = [word for word in EXTRA if word not in ("--device", "cpu")]
 
     def said(
@@ -263,8 +266,7 @@ def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, cap
     assert said(5).startswith("hint: 3 runs ")
     assert said(1) == said(2, "--device", "cpu") == said(2, gpu=False) == said(2, mps=True) == ""
     assert said(2, seeds="1") == said(2, dry_run=True) == ""
-    on_a_cluster = lambda jobs: [setattr(job, "outcome", "done") for job in jobs]  # noqa: E731
-    assert said(2, run_all=on_a_cluster) == ""
+    assert said(2, run_all=done) == ""
 
 
 @pytest.mark.parametrize(
@@ -415,7 +417,7 @@ SPEED = [sys.executable, ROOT / "experiments" / "speed.py"]
 
 
 def speed(*flags: object) -> tuple[int, str, str]:
-    done = subprocess.run([*SPEED, *map(str, flags)], capture_output=True, text=True, cwd="/", timeout=300)
+    done = subprocess.run([*SPEED, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -396,18 +396,18 @@ def test_episodes_depend_on_their_numbers_alone(env_id):
         pytest.importorskip("gymnasium_robotics")
     task, rng = m.study(env_id, 0), np.random.default_rng(0)
     used, fresh = (m.make_goal_envs(env_id, 2) for _ in range(2))
-    m.play(used, task, 0, 1, 0, lambda obs, _: rng.uniform(-1, 1, (2, task.action_dim)).astype(np.float32))
+    m.play(used, task, 0, 1, lambda obs, _: rng.uniform(-1, 1, (2, task.action_dim)).astype(np.float32))
     chase = lambda obs, goal: np.tanh(5 * (goal[:, :1] - obs[:, :1])).repeat(task.action_dim, 1)  # noqa: E731
-    one, two = (m.play(envs, task, 2, 1, 0, chase) for envs in (used, fresh))
+    one, two = (m.play(envs, task, 2, 1, chase) for envs in (used, fresh))
     assert torch.equal(one.obs, two.obs) and torch.equal(one.goal, two.goal)
-    other = m.play(used, task, 4, 1, 0, chase)
+    other = m.play(used, task, 4, 1, chase)
     assert not torch.equal(one.goal, other.goal) and not torch.equal(one.obs[0], one.obs[1])
 
 
 def test_vector_tasks_are_not_reset_by_themselves():
     envs = m.make_goal_envs("TorqueBall-v0", 3)
     assert envs.metadata["autoreset_mode"] is gym.vector.AutoresetMode.DISABLED
-    played = m.play(envs, BALL, 0, 1, 0, lambda obs, goal: np.ones((3, 2), np.float32))
+    played = m.play(envs, BALL, 0, 1, lambda obs, goal: np.ones((3, 2), np.float32))
     assert played.obs.shape == (3, 51, 4) and (played.obs[:, -1, 2:].abs() > 0).all()  # the last is no reset
 
 
@@ -421,8 +421,8 @@ def test_threads_of_the_tasks_change_nothing(env_id):
         policy = lambda *_, rng=rng: rng.uniform(-1, 1, (4, task.action_dim)).astype(np.float32)  # noqa: E731
         assert envs.metadata["autoreset_mode"] is gym.vector.AutoresetMode.DISABLED
         assert isinstance(envs, m.ThreadedVectorEnv) == (threads > 1)
-        m.play(envs, task, 0, 1, 0, policy)
-        played.append(m.play(envs, task, 4, 1, 0, policy))
+        m.play(envs, task, 0, 1, policy)
+        played.append(m.play(envs, task, 4, 1, policy))
         envs.close()
     for other in played[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(played[0], other, strict=True))
@@ -450,7 +450,7 @@ def test_the_policy_plays_on_one_thread_of_pytorch():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        m.play(envs, BALL, 0, 1, 0, policy)
+        m.play(envs, BALL, 0, 1, policy)
         assert set(seen) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -464,7 +464,7 @@ def test_what_fails_in_a_task_is_raised(threads, monkeypatch):
     monkeypatch.setattr(m.TorqueBall, "step", fail)
     envs = m.make_goal_envs("TorqueBall-v0", 3, threads)
     with pytest.raises(OSError, match="no simulator"):
-        m.play(envs, BALL, 0, 1, 0, lambda *_: np.zeros((3, 2), np.float32))
+        m.play(envs, BALL, 0, 1, lambda *_: np.zeros((3, 2), np.float32))
 
 
 # ---------------------------------------------------------------- the cycle
@@ -669,7 +669,7 @@ NUMBERS += [("--members", 2), ("--model-steps", 1), ("--model-layers", 1), ("--m
 NUMBERS += [("--model-lr", 1e-2), ("--model-batch", 12), ("--model-updates", 2), ("--model-warm-up", 9)]
 NUMBERS += [("--model-ready", 0), ("--model-updates", 0)]
 LOOP = "env_id total_timesteps eval_every eval_episodes checkpoint_every runs_dir resume device"
-LOOP += " num_threads env_threads preset"
+LOOP += " num_threads env_threads preset cuda_graphs"
 
 
 def test_every_option_changes_what_is_learned(tmp_path):
@@ -715,7 +715,7 @@ BAD = [
     (("--env-id", "tests.tasks:Elsewhere-v0"), ("achieved_goal is a part",)),
     (("--env-id", "tests.tasks:OtherReward-v0"), ("rewarded by the distance",)),
     (("--env-id", "tests.tasks:GoalEnds-v0"), ("never terminates",)),
-    (("--env-id", "tests.tasks:GoalDiscrete-v0"), ("continuous, flat Box",)),
+    (("--env-id", "tests.tasks:GoalDiscrete-v0"), ("bounded, continuous Box",)),
     (("--env-id", "tests.tasks:GoalNan-v0"), ("reward must be finite",)),
     (("--horizon", -1), ("--horizon -1", "must be in [0")),
     (("--env-threads", 0), ("--env-threads 0", "must be in [1, 1024]")),

@@ -32,11 +32,30 @@ from tests.sabotage import SABOTAGES
 
 PATHS = [ROOT / "algos" / f"{name}.py" for name in ALGOS]
 STYLE_FLAGS = """env_id seed total_timesteps learning_starts batch_size buffer_size gamma tau eval_every
-    eval_episodes checkpoint_every runs_dir resume device num_threads capture_video"""
+    eval_episodes checkpoint_every runs_dir resume device cuda_graphs num_threads capture_video"""
 
 
 def test_same_name_same_code():
     assert family.differences(PATHS) == []
+
+
+def test_what_is_read_and_what_is_not_are_short_enough():
+    assert [line for path in PATHS for line in family.lengths(path)] == []
+
+
+def test_family_tool_knows_what_stands_below_the_header(tmp_path):
+    copies = [tmp_path / name for name in ("sac.py", "td3.py")]
+    for copy in copies:
+        shutil.copy(ROOT / "algos" / copy.name, copy)
+    original = copies[1].read_text()
+    copies[1].write_text(original.replace("os.fsync(file.fileno())", "pass"))
+    assert [line.split(":")[0] for line in family.differences(copies)] == ["below"]
+    assert family.sync(copies[0], "below", copies) == [copies[1].name]
+    assert copies[1].read_text() == original
+    copies[1].write_text(
+        original.replace(family.HEADER, f"x = 1\n{family.HEADER}".replace("x", "\n" * 60 + "x"))
+    )
+    assert "td3.py: lines above the header" in family.lengths(copies[1])[0]
 
 
 def test_family_tool_finds_and_mends_a_difference(tmp_path):
@@ -78,21 +97,22 @@ def test_every_file_has_the_flags_of_the_style_page(algo):
     assert set(STYLE_FLAGS.split()) <= names
 
 
-def test_every_argument_has_a_docstring_and_its_real_type(algo):
-    """The default is an instance of the annotated type (no int = 5e3), and a docstring follows each field."""
-    module = load(algo)
+def test_every_argument_is_one_line_with_its_meaning_and_real_type(algo):
+    """The default is an instance of the annotated type (no int = 5e3); the comment behind it is the help."""
+    module, source = load(algo), (ROOT / "algos" / f"{algo}.py").read_text()
+    lines = source.splitlines()
     for field in dataclasses.fields(module.Args):
         annotation = typing.get_args(field.type)[0] if hasattr(field.type, "__metadata__") else field.type
         if typing.get_origin(annotation) is typing.Literal:
             assert field.default in typing.get_args(annotation)
         else:
             assert isinstance(field.default, annotation), field.name
-    for node in ast.parse((ROOT / "algos" / f"{algo}.py").read_text()).body:
+            assert annotation in (str, bool) or hasattr(field.type, "__metadata__"), f"{field.name}: no range"
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name in {base.__name__ for base in module.Args.__bases__}:
-            for field, after in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign):
-                    documented = isinstance(after, ast.Expr) and isinstance(after.value.value, str)
-                    assert documented, f"{node.name}.{field.target.id}"
+            for field in (n for n in node.body if isinstance(n, ast.AnnAssign)):
+                text = lines[field.lineno - 1].partition("  # ")[2]
+                assert field.lineno == field.end_lineno and len(text) > 9, f"{node.name}.{field.target.id}"
 
 
 def test_no_file_imports_a_sibling(algo):
@@ -170,7 +190,8 @@ def choices(name: str) -> list[tuple[str, ...]]:
             values = typing.get_args(field.type)
             found += [(f"--{flag}", value, *NEEDS.get(value, ())) for value in values]
     if name not in LOOPS:  # what the loop does with these is one text
-        found = [flags for flags in found if flags[0] not in ("--device", "--capture-video")]
+        of_the_loop = ("--device", "--capture-video", "--no-cuda-graphs")
+        found = [flags for flags in found if flags[0] not in of_the_loop]
     return [flags for flags in found if "cuda" not in flags or torch.cuda.is_available()]
 
 

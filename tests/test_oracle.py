@@ -71,7 +71,7 @@ def task_id(request):
 
 def recording(env_id: str, steps: int, threads: int = 2, seed: int = 0):
     """A simulator and what `steps` random steps of a task gave: rows before, actions, then the four after."""
-    env, rng = ove.open_task(env_id), np.random.default_rng(seed)  # make_env would round to float32
+    env, rng = ove.make_env(env_id, raw=True), np.random.default_rng(seed)  # make_env would round to float32
     simulator, log = ove.Simulator(env_id, env, threads), []
     env.reset(seed=seed)
     for _ in range(steps):

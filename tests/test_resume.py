@@ -121,16 +121,16 @@ def test_death_in_the_middle_of_a_checkpoint(loop, moment, uninterrupted, tmp_pa
                 raise Killed
         real["replace"](source, target)
 
-    save = module.save_checkpoint
+    save = module.RunFolder.save
 
-    def save_checkpoint(path, state):
-        calls["armed"] = state["step"] > 200
-        save(path, state)
+    def armed_save(folder, name):
+        calls["armed"] = folder.step > 200
+        save(folder, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         patch.setattr(os, "replace", replace)
-        patch.setattr(module, "save_checkpoint", save_checkpoint)
+        patch.setattr(module.RunFolder, "save", armed_save)
         with pytest.raises(Killed):
             learner(loop)(module.parse([*flags_of(loop), "--runs-dir", str(tmp_path)]))
     (folder,) = tmp_path.iterdir()

@@ -804,8 +804,7 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
         raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
-def check(args) -> None:
-    """Raise BadInput for an argument out of the range in its annotation, or at odds with another."""
+def check(args) -> None:  # arguments against the range in their annotation, and against each other
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         for low, high in (x for x in get_args(field.type) if isinstance(x, tuple) and value is not None):
@@ -817,8 +816,7 @@ def check(args) -> None:
     require(batch <= args.buffer_size, "buffer_size", args.buffer_size, f"at least --batch-size {batch}")
 
 
-def prepare(args) -> torch.device:
-    """Threads, seed and determinism as the arguments say; returns the device. Raises BadInput."""
+def prepare(args) -> torch.device:  # and threads, seed and determinism as the arguments say
     cuda = args.device != "cpu" and torch.cuda.is_available()
     require(cuda or args.device != "cuda", "device", "cuda", "auto or cpu here: torch finds no CUDA device")
     torch.set_num_threads(args.num_threads)
@@ -878,15 +876,19 @@ def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> g
 
 
 def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
-    """An episode's first observation. An agent that remembers has a `begin_episode`, and is told here."""
     obs, _ = env.reset(seed=seed)
-    getattr(agent, "begin_episode", lambda: None)()
+    getattr(agent, "begin_episode", lambda: None)()  # an agent that remembers has one, and is told here
     return obs
 
 
 def captured(method):
     """CUDA graphs of it, one a signature. It reads no tensor; its next call overwrites what it returned."""
     graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+    def alike(x: Tensor) -> Tensor:  # in layout and alignment too: the bits of a product may depend on them
+        offset, steps = x.storage_offset() % 32, zip(x.shape, x.stride(), strict=True)
+        span = offset + 1 + sum((count - 1) * stride for count, stride in steps)
+        return x.new_empty(max(0, span)).as_strided(x.shape, x.stride(), offset)
 
     def call(*args):
         signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
@@ -901,7 +903,7 @@ def captured(method):
             return result
         if graph.calls == 4:
             graph.captured = torch.cuda.CUDAGraph()
-            graph.inputs = pytree.tree_map_only(Tensor, torch.clone, args)
+            graph.inputs = pytree.tree_map_only(Tensor, alike, args)
             with torch.cuda.graph(graph.captured):  # executes nothing
                 graph.result = method(*graph.inputs)
         torch._foreach_copy_(tensors(graph.inputs), tensors(args))
@@ -966,10 +968,9 @@ class RunFolder(contextlib.AbstractContextManager):
             self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
 
     def end_episode(self, episode: dict[str, float], count: int = 1) -> None:
-        """Log it, perhaps save: only between episodes is the task's state no more than its generator's."""
         self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
-        self.episode += count
+        self.episode += count  # only between episodes is the task's state no more than its generator's
         if self.step - self.saved >= self.args.checkpoint_every and self.step < self.args.total_timesteps:
             self.save("checkpoint.pt")
 
@@ -1017,7 +1018,6 @@ class RunFolder(contextlib.AbstractContextManager):
                 path.replace(path.with_suffix(".previous.pt"))
             temporary.replace(path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
-            temporary.unlink(missing_ok=True)
             raise RunFailed(f"cannot write {path}: {error}") from error
 
     def save(self, name: str) -> None:

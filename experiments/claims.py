@@ -118,7 +118,7 @@ def groups_of(results: Path, case: dict) -> list[tuple[float, list[float]]]:
     kind, _, column = metric.partition(" of ")
     column = {"": "return_mean", "return": "return_mean", "success": "success_rate"}[column]
     if kind == "steps":  # of the whole runs
-        reach = lambda curve: min(curve.reaches(case["level"], column), case["never"])  # noqa: E731
+        reach = lambda curve: min(curve.reaches(case["level"], column), case["never"])
         return [(t[0], [reach(c) for c in found]) for t, found in zip(case["terms"], curves, strict=True)]
     measure = {
         "area": lambda curve: curve.upto(end).area(column),

@@ -37,7 +37,7 @@ def record(module, env_id: str, transitions: int, seed: int):
     """A replay of random episodes, cut to the shortest one's length where tasks end them."""
     env = gym.make(env_id, disable_env_checker=True)
     rng, episodes, count = np.random.default_rng(seed), [], 0
-    flat = lambda obs: obs["observation"] if isinstance(obs, dict) else obs  # noqa: E731
+    flat = lambda obs: obs["observation"] if isinstance(obs, dict) else obs
     low, high = env.action_space.low, env.action_space.high
     while count < transitions:
         rows, done = [flat(env.reset(seed=seed if not episodes else None)[0])], False
@@ -196,8 +196,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})  # noqa: E731
-    names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
+    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
+    names = lambda text: [part for part in text.split(",") if part]
     parser.add_argument(
         "--tasks", type=names, default="TorqueBall-v0,HalfCheetah-v5", help="ids (default: %(default)s)"
     )

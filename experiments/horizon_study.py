@@ -199,7 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))  # noqa: E731
+    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
     runner.add_argument("--env-id", default="InvertedPendulum-v5")

@@ -489,7 +489,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))  # noqa: E731
+    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))
     defaults = {"algos": ["sac", "sac_mve"], "env_ids": ["InvertedPendulum-v5"], "seeds": ["1", "2", "3"]}
     parser.add_argument("--algos", type=split, help="files of algos/ (default: sac,sac_mve)")
     parser.add_argument("--env-ids", type=split, help="Gymnasium ids (default: InvertedPendulum-v5)")

@@ -245,7 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})  # noqa: E731
+    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
     parser.add_argument("run", type=Path, help="folder of a finished run of any file")
     parser.add_argument("--horizon", type=int, default=5, help="steps predicted (default: 5)")
     parser.add_argument(

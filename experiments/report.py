@@ -440,7 +440,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    split = lambda text: [part for part in text.split(",") if part]  # noqa: E731
+    split = lambda text: [part for part in text.split(",") if part]
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="of exported ones")
     parser.add_argument("--suites", type=split, help=f"these alone, {RUNS} being those of --runs")

@@ -315,7 +315,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})  # noqa: E731
+    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
     parser.add_argument("--widths", type=numbers, default="16,32,64,128,256", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="worlds (default: %(default)s)")
     parser.add_argument("--transitions", type=int, default=50_000, help="for training (default: 50000)")

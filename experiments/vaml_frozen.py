@@ -197,7 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})  # noqa: E731
+    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
     parser.add_argument("--env-id", default="Hopper-v5", help="(default: Hopper-v5)")
     parser.add_argument("--seeds", type=numbers, default="1,2", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200_000, help="of SAC (default: 200000)")

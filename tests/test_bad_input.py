@@ -187,7 +187,7 @@ def test_checkpoint_is_the_only_truth(loop, finished, tmp_path):
         (folder / name).unlink()
     learner(loop)(module.parse(["--resume", str(folder)]))
     assert json.loads((folder / "args.json").read_text())["algo"] == loop
-    without_time = lambda text: [line.split(",")[:-1] for line in text.splitlines()]  # noqa: E731
+    without_time = lambda text: [line.split(",")[:-1] for line in text.splitlines()]
     assert without_time((folder / "eval.csv").read_text()) == without_time(before)
 
 

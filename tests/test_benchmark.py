@@ -215,7 +215,7 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()
     folder = finished("sac", runs)
-    plan = lambda: launch.plan(["sac"], [TINY["env-id"]], ["1"], str(runs), 1, EXTRA)[0].state  # noqa: E731
+    plan = lambda: launch.plan(["sac"], [TINY["env-id"]], ["1"], str(runs), 1, EXTRA)[0].state
     assert plan() == "finished"
     (folder / "final.pt").unlink()
     assert plan() == "resumed"
@@ -239,7 +239,7 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
 
 
 def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, capsys):
-    """One line where it is of use: a GPU, two runs or more at once that may use it, no daemon that answers."""
+    """One line where it is of use: a GPU, two or more runs at once that may use it, no daemon's answer."""
     monkeypatch.syspath_prepend(ROOT / "experiments")
     launch = load("launch", ROOT / "experiments" / "launch.py")
 
@@ -413,34 +413,29 @@ def test_suite_mistakes(tmp_path):
         assert code == 2 and expected in error and not (tmp_path / "runs").exists()
 
 
-SPEED = [sys.executable, ROOT / "experiments" / "speed.py"]
+@pytest.fixture
+def measure(monkeypatch):
+    """experiments/speed.py, and main(*flags) of it in this process."""
+    module = load("speed", ROOT / "experiments" / "speed.py")
+
+    def main(*flags: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, flags)])
+        return module.main()
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module.run = main
+    return module
 
 
-def speed(*flags: object) -> tuple[int, str, str]:
-    done = subprocess.run([*SPEED, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_speed_of_real_loops():
+def test_speed_of_real_loops(measure, capsys):
     """Both files at one thread, and the share of the products; --horizon goes to the file that has it."""
-    flags = [
-        "--env-id",
-        "tests.tasks:Cliff-v0",
-        "--threads",
-        1,
-        "--rounds",
-        2,
-        "--steps",
-        40,
-        "--warm-up",
-        60,
-    ]
+    flags = "--env-id tests.tasks:Cliff-v0 --threads 1 --rounds 1 --steps 40 --warm-up 60 --peers".split()
     rest = ["--hidden", 16, "--batch-size", 16, "--horizon", 1, "--model-hidden", 8, "--model-warm-up", 2]
-    code, out, error = speed("--algo", "sac", "sac_mve", "--peers", *flags, "--", *rest)
-    assert code == 0, error
+    assert measure.run("--algo", "sac", "sac_mve", *flags, "--", *rest) == 0
+    out = capsys.readouterr().out
     for name in ("sac", "sac_mve"):
-        (rounds,) = re.findall(rf"^ +1 +{name} +[\d.]+ +([\d. ]+)$", out, re.M)
-        assert len(rounds.split()) == 2 and all(float(value) > 1 for value in rounds.split())
+        (speed,) = re.findall(rf"^ +1 +{name} +[\d.]+ +([\d.]+)$", out, re.M)
+        assert float(speed) > 1
     assert out.count("one update on 1 threads: ") == 2 and out.count("ms in matrix products (") == 2
     assert "sac --hidden 16 --batch-size 16 on" in out and "--horizon 1" in out
 
@@ -455,16 +450,15 @@ def test_speed_of_real_loops():
         (["--env-id", "Nope-v0", "--rounds", 1, "--threads", 1], 1, "--env-id Nope-v0: must be a task"),
     ],
 )
-def test_speed_mistakes(flags, code, expected):
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("has a GPU")
-    found, _, error = speed("--peers", *flags)
-    assert found == code and len(error.splitlines()) == 1 and expected in error
+def test_speed_mistakes(flags, code, expected, measure, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert measure.run("--peers", *flags) == code
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and expected in error
 
 
-def test_speed_of_processes_at_once(tmp_path):
+def test_speed_of_processes_at_once(measure):
     """Two loops over one span of time; if one ends, that is an error in its words."""
-    measure = load("speed", ROOT / "experiments" / "speed.py")
     task = measure.Task("tests.tasks:Cliff-v0", "cpu", 1, 60, steps=40, seconds=0.2, patience=60)
     flags = ["--hidden", "16", "--batch-size", "16"]
     speeds = task.ours("sac", flags, processes=2)
@@ -476,12 +470,12 @@ def test_speed_of_processes_at_once(tmp_path):
         measure.side_by_side(silent, 1, 0.0, patience=1, threads=1)
 
 
-def test_speed_on_a_gpu(monkeypatch, capsys):
+def test_speed_on_a_gpu(measure, monkeypatch, capsys):
     """What is run of every file is accepted by it; eager, captured and several at once make the table."""
-    measure, commands = load("speed", ROOT / "experiments" / "speed.py"), {}
+    commands: dict[str, list] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert list(measure.ROWS) != [] and set(measure.ROWS) <= set(ALGOS)
+    assert measure.ROWS and set(measure.ROWS) <= set(ALGOS)
 
     def answered(found: list[list], *_, **__) -> list[float]:
         words = [str(word) for word in found[0]]
@@ -492,8 +486,7 @@ def test_speed_on_a_gpu(monkeypatch, capsys):
         return [40.0] if "--no-cuda-graphs" in flags else [300.0, 320.0][: len(found)]
 
     monkeypatch.setattr(measure, "side_by_side", answered)
-    monkeypatch.setattr(sys, "argv", "speed.py --device cuda --algo all --peers --processes 2".split())
-    assert measure.main() == 1
+    assert measure.run("--device", "cuda", "--algo", "all", "--peers", "--processes", 2) == 1
     out, error = capsys.readouterr()
     assert error.splitlines() == [
         f"error: td3, {what}: it broke" for what in ("eager", "captured", "together")

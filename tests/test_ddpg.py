@@ -247,11 +247,11 @@ def test_gaussian_exploration(name):
 
 
 def test_parameter_noise_spares_layer_norms_and_adapts():
-    """ξ₀ = σ / 2 / layers; distance held at 0: ξ grows by 1.01 every 50 updates."""
+    """ξ₀ = σ / 2 / layers; distance held at 0: ξ grows by 1.01 at each of ten adaptations."""
     flags = ("--exploration", "parameter", "--layer-norm", "--exploration-noise", 0.3)
     agent = make_agent("ddpg", *flags)
     assert agent.noise_scale.item() == pytest.approx(0.05)
-    agent.explore(torch.zeros(4, 1), 1)
+    agent.explore(torch.zeros(4, 1))
     moved = {
         n: not torch.equal(a, b)
         for (n, a), b in zip(agent.noisy_actor.named_parameters(), agent.actor.parameters(), strict=True)
@@ -261,8 +261,34 @@ def test_parameter_noise_spares_layer_norms_and_adapts():
     agent.noise_distance.zero_()
     agent.noisy_actor.forward = agent.actor.forward
     for number in range(1, 501):
-        agent.explore(torch.zeros(4, 1), number)
+        agent.explore(torch.zeros(4, 1))
+        if number % 50 == 0:
+            agent.adapt()
     assert agent.noise_scale.item() == pytest.approx(0.05 * 1.01**10, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpg", "ddpg_mve"])
+def test_parameter_noise_adapts_every_50_updates(name):
+    """With three updates in each step: in the steps of updates 50, 100, ..., after new noise."""
+    agent, calls = make_agent(name, "--exploration", "parameter", "--updates-per-step", 3), []
+    agent.update_deltas = agent.diagnose_model = lambda *inputs: {}
+    explore = agent.explore
+    agent.explore = lambda obs: (calls.append("noise"), explore(obs))[1]
+    agent.adapt = lambda: calls.append("adapt")
+    buffer = filled_buffer(load(name))
+    for step in range(61, 111):
+        agent.update(buffer, step)
+    assert [i for i, call in enumerate(calls) if call == "adapt"] == [50, 101, 152]
+    assert calls.count("noise") == 150
+
+
+def test_distance_of_the_noise_is_a_mean_over_50_updates():
+    """ξ grows where the summed distance is just below 50 σ, shrinks just above, and the sum starts anew."""
+    agent = make_agent("ddpg", "--exploration", "parameter", "--exploration-noise", 0.3)
+    for total, factor in ((14.99, 1.01), (15.01, 1 / 1.01)):
+        agent.noise_scale.fill_(0.05), agent.noise_distance.fill_(total)
+        agent.adapt()
+        assert agent.noise_scale.item() == pytest.approx(0.05 * factor) and agent.noise_distance == 0
 
 
 def test_parameter_noise_reaches_its_distance():
@@ -272,8 +298,10 @@ def test_parameter_noise_reaches_its_distance():
     )
     obs = torch.randn(256, 1)
     for number in range(1, 10_001):
-        metrics = agent.explore(obs, number)
-    found = torch.stack([agent.explore(obs, 1)["exploration/distance"] for _ in range(200)]).mean()
+        metrics = agent.explore(obs)
+        if number % 50 == 0:
+            agent.adapt()
+    found = torch.stack([agent.explore(obs)["exploration/distance"] for _ in range(200)]).mean()
     assert 0.1 < found < 0.3 and metrics["exploration/noise"] > 0
 
 
@@ -318,7 +346,8 @@ def test_model_learns_a_linear_world():
     buffer = filled_buffer(mve, rows=400)
     agent.model.fit_normalizer(buffer[torch.arange(400)])
     for _ in range(1500):
-        metrics = agent.fit_deltas(buffer)
+        at = buffer.sample(64)
+        metrics = agent.fit_deltas(buffer[at], (~mve.held_out(buffer.episode[at])).float())
     assert metrics["model/loss"] < 1e-2
     batch = buffer[torch.arange(400)]
     with torch.no_grad():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from tests.conftest import differing, evaluations, load, run, scalars, shell, tiny
+import tests.test_graphs
+from tests.conftest import differing, evaluations, flat, load, run, scalars, shell, tiny
 from tests.test_bad_input import fails
 
 m = load("ddpg_mve_min")
@@ -45,6 +46,13 @@ def filled(agent, episodes: int = 8):
     action = 2 * torch.rand(episodes, task.length, task.action_dim) - 1
     replay.add(obs, action, torch.randn(episodes, task.goal_dim))
     return replay
+
+
+graphs = tests.test_graphs.graphs  # a fixture: the stand-in for CUDA graphs
+
+
+def equal(a, b) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def everything(replay) -> torch.Tensor:
@@ -182,8 +190,8 @@ def test_each_transition_gets_one_member_by_equal_shares():
     for parameter in agent.model.parameters():
         parameter.data.zero_()
     agent.model.layers[-1].bias.data += torch.arange(4.0)[:, None, None]  # member e moves by e
-    seen, judge = [], agent.judge
-    agent.judge = lambda obs, goal: (seen.append(obs), judge(obs, goal))[1]
+    seen, assess = [], agent.assess
+    agent.assess = lambda obs, goal: (seen.append(obs), assess(obs, goal))[1]
     replay = filled(agent)
     batch = replay.sample(32, everything(replay))
     agent.expand_values(batch, 1)
@@ -397,7 +405,7 @@ def test_episodes_depend_on_their_numbers_alone(env_id):
     task, rng = m.study(env_id, 0), np.random.default_rng(0)
     used, fresh = (m.make_goal_envs(env_id, 2) for _ in range(2))
     m.play(used, task, 0, 1, lambda obs, _: rng.uniform(-1, 1, (2, task.action_dim)).astype(np.float32))
-    chase = lambda obs, goal: np.tanh(5 * (goal[:, :1] - obs[:, :1])).repeat(task.action_dim, 1)  # noqa: E731
+    chase = lambda obs, goal: np.tanh(5 * (goal[:, :1] - obs[:, :1])).repeat(task.action_dim, 1)
     one, two = (m.play(envs, task, 2, 1, chase) for envs in (used, fresh))
     assert torch.equal(one.obs, two.obs) and torch.equal(one.goal, two.goal)
     other = m.play(used, task, 4, 1, chase)
@@ -418,7 +426,7 @@ def test_threads_of_the_tasks_change_nothing(env_id):
     task, played = m.study(env_id, 0), []
     for threads in (1, 2, 5):
         envs, rng = m.make_goal_envs(env_id, 4, threads), np.random.default_rng(0)
-        policy = lambda *_, rng=rng: rng.uniform(-1, 1, (4, task.action_dim)).astype(np.float32)  # noqa: E731
+        policy = lambda *_, rng=rng: rng.uniform(-1, 1, (4, task.action_dim)).astype(np.float32)
         assert envs.metadata["autoreset_mode"] is gym.vector.AutoresetMode.DISABLED
         assert isinstance(envs, m.ThreadedVectorEnv) == (threads > 1)
         m.play(envs, task, 0, 1, policy)
@@ -446,7 +454,7 @@ def test_threads_step_several_tasks_at_once(monkeypatch):
 
 def test_the_policy_plays_on_one_thread_of_pytorch():
     envs, seen = m.make_goal_envs("TorqueBall-v0", 2), []
-    policy = lambda *_: (seen.append(torch.get_num_threads()), np.zeros((2, 2), np.float32))[1]  # noqa: E731
+    policy = lambda *_: (seen.append(torch.get_num_threads()), np.zeros((2, 2), np.float32))[1]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -476,7 +484,7 @@ def test_cadence_of_a_cycle(monkeypatch):
     replay, moves, seen, fits = filled(agent), [], [], []
     polyak, expand, fit = m.polyak, agent.expand_values, agent.fit_models
     monkeypatch.setattr(m, "polyak", lambda *a: (moves.append(a), polyak(*a)))
-    weights = lambda module: torch.cat([p.detach().flatten() for p in module.parameters()])  # noqa: E731
+    weights = lambda module: torch.cat([p.detach().flatten() for p in module.parameters()])
 
     def watch(batch, horizon):
         seen.append((weights(agent.model), weights(agent.critic_target), weights(agent.critic), horizon))
@@ -508,6 +516,31 @@ def test_each_member_learns_from_windows_of_its_own(steps, length):
     obs, action = seen[0]
     assert obs.shape == (2, 500, length + 1, 4) and action.shape == (2, 500, length, 2)
     assert not torch.equal(obs[0], obs[1]) and not {1.0, 11.0, 21.0} & set(obs[..., 0].unique().tolist())
+
+
+@pytest.mark.parametrize("columns", [[0, 1], [3, 1]])
+@pytest.mark.parametrize("flags", [{"horizon": 0}, {"horizon": 3}, {"horizon": 3, "member": "random"}])
+def test_replayed_cycles_are_the_eager_ones(flags, columns, graphs):
+    """Weights, moments, metrics, actions and generator to the bit, before and after expansion begins."""
+    task = BALL._replace(columns=columns)
+    agents = [make_agent(task, updates_per_cycle=3, model_warm_up=2, **flags) for _ in range(2)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    found = graphs(m, agents[1])
+    for cycle in range(6):
+        outcomes = []
+        for agent in agents:
+            torch.manual_seed(cycle)
+            agent.args.model_ready = 0.0 if cycle < 3 else 1e9
+            metrics = agent.update(filled(agent), 100)
+            obs, goal = np.random.default_rng(cycle).normal(size=(2, 5, 4)).astype(np.float32)
+            actions = [agent.act_for(obs, goal[:, :2], calm).copy() for calm in (True, False)]
+            outcomes.append([dict(flat(agent.state_dict())), metrics, torch.get_rng_state(), actions])
+        (states, metrics, *rest), (other_states, other_metrics, *others) = outcomes
+        assert states.keys() == other_states.keys() and metrics.keys() == other_metrics.keys()
+        for a, b in ((states, other_states), (metrics, other_metrics)):
+            assert [key for key in a if not equal(a[key], b[key])] == []
+        assert torch.equal(rest[0], others[0]) and np.array_equal(rest[1], others[1])
+    assert len(found) == (3 if flags["horizon"] == 0 else 5)  # two policies, learning at 0 and at H, models
 
 
 def test_expansion_waits_for_the_warm_up_and_for_the_model():

@@ -371,7 +371,7 @@ def test_splits_share_no_episode():
 def test_errors_by_hand():
     """Predictions that stand still on x = 0, 1, 2: squared errors 1, 4 over the squared deviation 2."""
     data = model_error.Windows(torch.tensor([0.0, 1.0, 2.0])[:, None, None], torch.zeros(2, 1, 1))
-    still = lambda obs, action: obs.expand(len(action), *obs.shape)  # noqa: E731
+    still = lambda obs, action: obs.expand(len(action), *obs.shape)
     assert model_error.errors(still, data, torch.tensor([2.0])) == [0.25, 1.0]
 
 

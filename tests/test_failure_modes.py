@@ -129,7 +129,7 @@ def test_08_entropy_does_not_depend_on_the_units_of_the_action(soft, tmp_path):
         def step(self, action):
             return self.env.step(action / 4)
 
-    entry = lambda **options: Stretched(gym.make("LQR-v0", **options))  # noqa: E731
+    entry = lambda **options: Stretched(gym.make("LQR-v0", **options))
     gym.register("Stretched-v0", entry_point=entry, max_episode_steps=20)
     runs = [run(soft, tmp_path / e, "--env-id", e) for e in ("tests.tasks:LQR-v0", "Stretched-v0")]
     gym.registry.pop("Stretched-v0")

@@ -228,7 +228,7 @@ def test_without_gradient_weight_critics_learn_as_in_td3():
 def test_model_warms_up_once():
     for model_updates, later in ((3, 3), (0, 1)):  # 0: one for each 32 768 stored transitions
         agent, fits = make_agent(model_updates=model_updates, model_warm_up=7), []
-        agent.fit_model = lambda buffer, fits=fits: fits.append(1) or {}
+        agent.fit_model = lambda batch, weight, fits=fits: fits.append(1) or {}
         agent.update_model(filled_buffer(mage), agent.args.learning_starts + 1)
         assert len(fits) == later + 7
         agent.update_model(filled_buffer(mage), agent.args.learning_starts + 2)

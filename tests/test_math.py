@@ -347,7 +347,7 @@ def lqr_agent(monkeypatch, horizon: int, critic, *flags: object, terminate=lambd
     agent = make_agent("sac_mve", "--horizon", horizon, "--gamma", GAMMA, "--init-alpha", 1e-8, *flags)
     agent.actor.double(), agent.critic.double(), agent.critic_target.double()
     real_sample = agent.actor.sample
-    policy = lambda obs: (-K * obs, torch.zeros(len(obs), dtype=torch.float64))  # noqa: E731
+    policy = lambda obs: (-K * obs, torch.zeros(len(obs), dtype=torch.float64))
     agent.actor.sample = lambda obs: policy(obs) if not torch.is_grad_enabled() else real_sample(obs)
     agent.critic_target.forward = lambda obs, action: torch.stack(
         [critic(obs, action), critic(obs, action) + 5]
@@ -411,7 +411,7 @@ def test_terminated_transition_is_worth_its_reward(monkeypatch, horizon):
 @pytest.mark.parametrize("horizon", [1, 2, 4])
 def test_imagined_termination_pays_its_reward_and_nothing_after(monkeypatch, horizon):
     """Termination at the first imagined step: T = r + γ r̂₀ for every H (α = 0)."""
-    ends = lambda obs: torch.ones(len(obs))  # noqa: E731
+    ends = lambda obs: torch.ones(len(obs))
     target = lqr_target(monkeypatch, horizon, exact_critic, terminate=ends)
     assert target == pytest.approx(-2.017126, abs=1e-9)
 
@@ -477,7 +477,7 @@ def test_loss_does_not_scale_with_the_horizon(monkeypatch, horizon):
 def test_tdk_weighs_imagined_pairs_by_survival(monkeypatch):
     """alive = (1 − d, (1 − d)(1 − d̂₀), …): a pair counts while the trajectory lives."""
     calls = recorded(monkeypatch, mve, "tdk_loss")
-    ends_below_one = lambda obs: (obs[:, 0] < 0.6).double() - 0.5  # noqa: E731  0.735 lives on, 0.5145 ends
+    ends_below_one = lambda obs: (obs[:, 0] < 0.6).double() - 0.5
     lqr_target(monkeypatch, 4, exact_critic, "--tdk", terminate=ends_below_one)
     _, q, target, alive = calls[0]
     assert alive[:, 0].tolist() == [1, 1, 0, 0]

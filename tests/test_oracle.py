@@ -71,7 +71,7 @@ def task_id(request):
 
 def recording(env_id: str, steps: int, threads: int = 2, seed: int = 0):
     """A simulator and what `steps` random steps of a task gave: rows before, actions, then the four after."""
-    env, rng = ove.make_env(env_id, raw=True), np.random.default_rng(seed)  # make_env would round to float32
+    env, rng = ove.make_env(env_id, raw=True), np.random.default_rng(seed)  # raw: not rounded to float32
     simulator, log = ove.Simulator(env_id, env, threads), []
     env.reset(seed=seed)
     for _ in range(steps):
@@ -211,7 +211,7 @@ def test_wrapped_task_is_stepped_as_a_whole():
 
 
 def test_wrapper_of_a_well_known_class_is_not_taken_for_ours():
-    entry = lambda: gym.wrappers.TransformAction(gym.make("HalfCheetah-v5").unwrapped, lambda a: a / 2, None)  # noqa: E731
+    entry = lambda: gym.wrappers.TransformAction(gym.make("HalfCheetah-v5").unwrapped, lambda a: a / 2, None)
     gym.register("HalfForce-v5", entry, max_episode_steps=1000)
     simulator, *steps = recording("HalfForce-v5", 100)
     gym.registry.pop("HalfForce-v5")
@@ -295,7 +295,7 @@ def lqr_target(monkeypatch, horizon: int, critic, *flags: object, terminated: bo
     agent = ove.Agent(ove.parse(tiny("sac_ove", *options, *flags)), 1, 1, torch.device("cpu"))
     agent.actor.double(), agent.critic.double(), agent.critic_target.double()
     real = agent.actor.sample
-    policy = lambda obs: ((-K * obs - 1) / 2, torch.zeros(len(obs), dtype=torch.float64))  # noqa: E731
+    policy = lambda obs: ((-K * obs - 1) / 2, torch.zeros(len(obs), dtype=torch.float64))
     agent.actor.sample = lambda obs: policy(obs) if not torch.is_grad_enabled() else real(obs)
     agent.critic_target.forward = lambda obs, action: torch.stack([critic(obs, 2 * action + 1)] * 2)
     calls = recorded(monkeypatch, ove, "twin_loss")

@@ -124,7 +124,7 @@ def lqr_target(monkeypatch, horizon: int, critic, off_policy: float = 0.0, *flag
     agent = make_agent("--horizon", horizon, "--gamma", GAMMA, "--init-alpha", 1e-8, *flags)
     agent.actor.double(), agent.critic.double(), agent.critic_target.double()
     real = agent.actor.sample
-    policy = lambda obs: (-K * obs, torch.zeros(len(obs), dtype=torch.float64))  # noqa: E731
+    policy = lambda obs: (-K * obs, torch.zeros(len(obs), dtype=torch.float64))
     agent.actor.sample = lambda obs: policy(obs) if not torch.is_grad_enabled() else real(obs)
     agent.critic_target.forward = lambda obs, action: torch.stack([critic(obs, action)] * 2)
     agent.log_prob = lambda obs, action: torch.zeros(len(obs), dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_zero_critic_leaves_the_recorded_rewards(monkeypatch, horizon, expected)
 
 def test_lambda_scales_the_trace(monkeypatch):
     """Q̄ = 0, H = 1: r₀ + γ λ r₁."""
-    zero = lambda obs, action: 0 * obs[:, 0]  # noqa: E731
+    zero = lambda obs, action: 0 * obs[:, 0]
     targets = [lqr_target(monkeypatch, 1, zero, 0.0, "--trace-lambda", lam) for lam in (0.0, 0.5, 1.0)]
     assert targets == pytest.approx([-1.009, -1.009 - 0.504063, -2.017126], abs=1e-9)
 

@@ -58,7 +58,7 @@ def linear_agent(horizon: int, detach: bool = False):
         return reward, torch.full_like(reward, -1e9)
 
     agent.outcome = outcome
-    critic = lambda obs, action, frozen=False: (2 * obs + 0.5 * action)[:, 0].expand(2, -1)  # noqa: E731
+    critic = lambda obs, action, frozen=False: (2 * obs + 0.5 * action)[:, 0].expand(2, -1)
     return agent, critic
 
 
@@ -166,7 +166,7 @@ def test_actions_reach_the_value_through_the_dynamics_only_if_it_listens():
         agent, _ = linear_agent(1)
         agent.outcome = lambda obs, action, frozen=False: (0 * obs[:, 0], 0 * obs[:, 0] - 1e9)
         agent.model.weight.data[1] = slope
-        critic = lambda obs, action, frozen=False: obs[:, 0].expand(2, -1)  # noqa: E731
+        critic = lambda obs, action, frozen=False: obs[:, 0].expand(2, -1)
         agent.look_ahead(agent.unroll(torch.ones(1, 1, dtype=torch.float64)), critic, 0.0).sum().backward()
         assert (agent.actor.k.grad.item() != 0) == (slope != 0)
 
@@ -429,7 +429,7 @@ def test_every_network_sees_normalised_observations():
     """Shifting and scaling observations and statistics together changes nothing but the model's units."""
     agent = make_agent("sac_svg_h", *LOOK, obs_dim=2)
     obs, action = torch.randn(6, 2), torch.rand(6, 1)
-    outputs = lambda obs: [*agent.actor(obs), agent.critic(obs, action), agent.outcome(obs, action)]  # noqa: E731
+    outputs = lambda obs: [*agent.actor(obs), agent.critic(obs, action), agent.outcome(obs, action)]
     before, step = outputs(obs), agent.model.step(obs, action)[0] - obs
     normalizer = agent.actor.normalizer
     normalizer.mean.copy_(torch.tensor([3.0, -1.0]))

@@ -252,7 +252,7 @@ def test_values_found_once_per_fit_are_those_of_the_minibatch(kind):
 def test_what_is_found_once_per_fit():
     """Nothing for likelihood; nothing if the fit sees fewer rows than there are; slopes for vagram."""
     obs = torch.randn(30, 3)
-    found = lambda kind, share, most: (  # noqa: E731
+    found = lambda kind, share, most: (
         make_agent(3, 2, model_loss=kind, model_batch=10).once_per_fit(obs, share, most).shape
     )
     assert found("mle", 1.0, math.inf) == (30, 0) and found("vagram", 0.0, 1) == (30, 3)

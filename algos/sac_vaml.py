@@ -114,9 +114,7 @@ class ValueAwareModel:
     critic_actions: Literal["replay", "policy"] = "replay"  # of (1a) and (2): recorded (paper), or new ones
     outcomes: Literal["auto", "learned"] = "auto"  # r, d of (1b): known formula (paper), else learned
     model_interval: Count = 25  # steps from one fit of the model to the next (ours)
-    fit_steps: Count = (
-        120  # most gradient steps of a fit; the first, after the warm-up, has no limit (library)
-    )
+    fit_steps: Count = 120  # most gradient steps of a fit, but of the first, after the warm-up (library)
     fit_epochs: Count = 10  # passes over the replay in a fit at most; 100 in the first (library)
     patience: Count = 5  # passes without a lower loss on held-out transitions after which a fit ends (ours)
     model_layers: Annotated[int, (1, 64)] = 2  # hidden layers of the model (paper)
@@ -585,8 +583,8 @@ class Agent:
                 mean, log_std = self.actor(part)
                 noise = torch.randn_like(mean)
                 u = mean + log_std.exp() * noise
-                log_prob = squashed_log_prob(noise, log_std, u)
-                value = self.critic_target(part, u.tanh()).mean(0) - alpha * log_prob
+                q = self.critic_target(part, u.tanh()).mean(0)
+                value = q - alpha * squashed_log_prob(noise, log_std, u)
                 found += torch.autograd.grad(value.sum(), part)
         slope = torch.cat(found)
         norm = torch.linalg.vector_norm(slope, dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What agents that remember may rely on, tried on one: told of every episode, kept through a resume, evaluated apart."""
+"""What an agent that remembers may rely on: it is told of episodes, resumed exactly and evaluated apart."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ sac = load("sac")
 
 
 class Remembering(sac.Agent):
-    """Acts on a decaying trace of its own noise, and counts its episodes; both are tensors and so are saved."""
+    """Acts on a decaying trace of its own noise and counts episodes; both are tensors, and so are saved."""
 
     acting = ("trace", "seen")
 

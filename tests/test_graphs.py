@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a stand-in that records every operation and repeats it blindly; with one, the bits.
+"""CUDA graphs: on the CPU by a stand-in that records each operation and repeats it blindly, on a GPU by bits.
 
 Like a real graph the stand-in executes nothing while it captures (state and generator are put back), repeats
 the same operations on the same memory, knows nothing of Python, and may read no tensor. What depends on the
@@ -59,7 +59,7 @@ class FakeGraph:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """graphs(module, agent): the agent's methods as a GPU would run them; the graphs captured from then on."""
+    """graphs(module, agent): its methods as a GPU would run them; returns what is captured from then on."""
 
     def replace(module, agent) -> list[FakeGraph]:
         captured = []
@@ -127,7 +127,7 @@ def test_replayed_updates_are_the_eager_ones(name, flags, graphs):
 def test_every_file_names_what_is_captured(algo):
     """Methods of its agent, the policy and the update among them."""
     agent = load(algo).Agent
-    assert {"policy", "learn"} <= set(agent.captured)
+    assert {"policy_for" if algo in EPISODIC else "policy", "learn"} <= set(agent.captured)
     assert all(callable(getattr(agent, name)) for name in agent.captured)
 
 
@@ -195,11 +195,10 @@ ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @ON_GPU
 @pytest.mark.parametrize("name", ALGOS)
 def test_captured_is_eager_on_a_gpu(name, tmp_path):
-    """300 steps, captured and not: the same evaluations, weights, moments, replay and generators, to the bit."""
+    """300 updates, captured and not: the same evaluations, weights, moments, replay and generators."""
     flags = ("--device", "cuda", *FLAGS.get(name, ()))
     flags += ("--total-timesteps", 400) if name not in EPISODIC else ("--total-timesteps", 2000)
-    eager, graphed = (
-        run(name, tmp_path / flag, *flags, flag) for flag in ("--no-cuda-graphs", "--cuda-graphs")
-    )
+    kinds = ("--no-cuda-graphs", "--cuda-graphs")
+    eager, graphed = (run(name, tmp_path / kind, *flags, kind) for kind in kinds)
     assert evaluations(eager) == evaluations(graphed)
     assert differing(eager / "final.pt", graphed / "final.pt", "/args/cuda_graphs") == []

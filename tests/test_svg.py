@@ -152,7 +152,7 @@ def test_actor_moves_only_itself_and_only_through_the_model():
             others = (agent.critic, agent.critic_target, agent.model, agent.outcome)
             assert all(p.grad is None for part in others for p in part.parameters())
             assert all(p.requires_grad for p in agent.model.parameters())
-            agent.fit_dynamics = lambda buffer: {}
+            agent.update_dynamics = lambda buffer: {}
             torch.manual_seed(6)
             agent.update(buffer, step)
             steps[step, scale] = torch.cat([p.detach().flatten() for p in agent.actor.parameters()])
@@ -260,7 +260,7 @@ def test_gradient_of_the_dynamics_is_clipped(monkeypatch):
     agent.model_optimizer.step = lambda: norms.append(
         torch.cat([p.grad.flatten() for p in agent.model.parameters()]).norm().item()
     )
-    metrics = agent.fit_dynamics(played_buffer(svg, agent))
+    metrics = agent.update_dynamics(played_buffer(svg, agent))
     assert metrics["model/gradient_norm"] > 1 and norms[0] == pytest.approx(1, abs=1e-3)
 
 
@@ -268,9 +268,9 @@ def test_dynamics_learn_a_linear_world():
     """x' = 0.9 x + 0.5 u of tests.tasks: both steps are predicted to 0.02 deviations."""
     agent = make_agent("sac_svg_h", "--horizon", 2, "--sequence-batch", 64, "--model-hidden", 64)
     buffer = played_buffer(svg, agent, rows=1000)
-    before = agent.fit_dynamics(buffer)["model/error_2"]
+    before = agent.update_dynamics(buffer)["model/error_2"]
     for _ in range(600):
-        metrics = agent.fit_dynamics(buffer)
+        metrics = agent.update_dynamics(buffer)
     assert metrics["model/error_1"] < 0.02 and metrics["model/error_2"] < 0.02 < 0.2 < before
 
 
@@ -321,7 +321,7 @@ def test_too_few_sequences_weigh_nothing():
     assert places.shape == (3, 8) and not weight.any()
     agent = make_agent("sac_svg_h", "--horizon", 2)
     before = [p.clone() for p in agent.model.parameters()]
-    metrics = agent.fit_dynamics(ring(list(range(0, 40, 2)), 40))
+    metrics = agent.update_dynamics(ring(list(range(0, 40, 2)), 40))
     assert all(value.isfinite() for value in metrics.values())
     assert all(torch.equal(a, b) for a, b in zip(before, agent.model.parameters(), strict=True))
 
@@ -370,8 +370,8 @@ def test_entropy_schedule_reaches_the_temperature(monkeypatch):
     flags = ("--target-entropy", 1, "--final-entropy", -4, "--entropy-decay", 2)
     agent = make_agent("sac_svg_h", *flags, *LOOK)
     calls = recorded(monkeypatch, svg, "temperature_loss")
-    agent.update(played_buffer(svg, agent), 150)
-    assert calls[0][2] == pytest.approx(-4 + 5 * 0.25)
+    metrics = agent.update(played_buffer(svg, agent), 150)
+    assert calls[0][2].item() == pytest.approx(-4 + 5 * 0.25) == metrics["losses/target_entropy"].item()
 
 
 def test_bounded_head():
@@ -415,7 +415,7 @@ def test_normalizer_is_numpys():
     rng = np.random.default_rng(0)
     data = (rng.normal(size=(500, 4)) * [1, 300, 0, 3] + [0, 5, 7, 100]).astype(np.float32)
     normalizer = svg.Normalizer(4)
-    buffer = svg.ObservingReplay(50, 4, 1, torch.device("cpu"), normalizer)
+    buffer = svg.ObservingReplay(normalizer, 50, 4, 1, torch.device("cpu"))
     for row in data:
         buffer.add(row, [0.0], 0.0, row + 1, False, 0)
     mean, std = data.mean(0, dtype=np.float64), data.std(0, ddof=1, dtype=np.float64)
@@ -594,7 +594,7 @@ def test_reward_and_termination_are_learned():
 
 def test_updates_of_a_run(monkeypatch, tmp_path):
     """300 steps, 60 random: 240 updates, twice that of the dynamics, 40 of the actor without model."""
-    counts = {"update": 0, "fit_dynamics": 0}
+    counts = {"update": 0, "update_dynamics": 0, "fit_dynamics": 0}
     for name in counts:
         original = getattr(svg.Agent, name)
 
@@ -606,7 +606,8 @@ def test_updates_of_a_run(monkeypatch, tmp_path):
     errors, plain = (recorded(monkeypatch, svg, name) for name in ("sequence_errors", "soft_actor_loss"))
     flags = ("--expansion-starts", 100, "--dynamics-updates", 2, "--runs-dir", tmp_path)
     svg.train(svg.parse([*tiny("sac_svg_h"), *map(str, flags)]))
-    assert counts == {"update": 240, "fit_dynamics": 240} and len(errors) == 480 and len(plain) == 40
+    assert counts == {"update": 240, "update_dynamics": 240, "fit_dynamics": 480}
+    assert len(errors) == 480 and len(plain) == 40
 
 
 def test_presets_fill_in_what_is_not_typed():

@@ -21,6 +21,11 @@ def make_agent(obs_dim: int = 1, action_dim: int = 1, **changes):
     return vaml.Agent(args, obs_dim, action_dim, torch.device("cpu"))
 
 
+def weights(share: float):
+    """c and 1 − c of (9)."""
+    return vaml.loss_weights(share, torch.device("cpu"))
+
+
 def number(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=D)
 
@@ -185,7 +190,7 @@ def test_an_exact_deterministic_model_has_no_loss(kind):
     agent.model.log_std.weight.data.zero_(), agent.model.log_std.bias.data.fill_(-1e3)
     obs, zero = torch.randn(9, 2), torch.zeros(9)
     batch = vaml.Batch(obs, torch.randn(9, 1), zero, obs + 0.1, zero)
-    loss = agent.model_loss(batch, 0.0, 2, False)
+    loss = agent.model_loss(batch, weights(0.0), 2, False)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-9)
     assert all(p.grad.abs().max() < 1e-4 for p in agent.model.parameters())
@@ -201,7 +206,7 @@ def test_gradient_reaches_the_model_alone(kind):
         torch.randn(20, 3), torch.randn(20, 2), torch.zeros(20), torch.randn(20, 3), torch.zeros(20)
     )
     slope = agent.value_slopes(batch.next_obs) if kind == "vagram" else None
-    agent.model_loss(batch, agent.mle_share(0), 2, False, slope).backward()
+    agent.model_loss(batch, weights(agent.mle_share(0)), 2, False, slope).backward()
     for part in (agent.actor, agent.critic, agent.critic_target):
         assert all(p.grad is None for p in part.parameters())
     assert agent.log_alpha.grad is None
@@ -220,7 +225,7 @@ def test_gradient_flows_through_the_policys_action():
     batch = vaml.Batch(
         torch.randn(9, 2), torch.randn(9, 1), torch.zeros(9), torch.randn(9, 2), torch.zeros(9)
     )
-    agent.model_loss(batch, 0.0, 1, False).backward()
+    agent.model_loss(batch, weights(0.0), 1, False).backward()
     assert agent.model.mean.weight.grad.abs().sum() > 0
 
 
@@ -228,9 +233,9 @@ def test_pure_value_awareness_never_looks_at_the_likelihood(monkeypatch):
     agent = make_agent(model_loss="vaml")
     monkeypatch.setattr(vaml, "likelihood_loss", None)
     batch = filled_buffer(vaml)[torch.arange(10)]
-    assert agent.model_loss(batch, agent.mle_share(5), 1, False).isfinite()
+    assert agent.model_loss(batch, weights(agent.mle_share(5)), 1, False).isfinite()
     with pytest.raises(TypeError):
-        make_agent(model_loss="reg-vaml").model_loss(batch, 0.5, 1, False)
+        make_agent(model_loss="reg-vaml").model_loss(batch, weights(0.5), 1, False)
 
 
 @pytest.mark.parametrize("kind", ["vaml", "reg-vaml", "vaml-unbiased"])
@@ -239,10 +244,10 @@ def test_values_found_once_per_fit_are_those_of_the_minibatch(kind):
     agent = make_agent(model_loss=kind)
     batch = filled_buffer(vaml)[torch.arange(10)]
     torch.manual_seed(3)
-    inside = agent.model_loss(batch, 0.5, 2, False)
+    inside = agent.model_loss(batch, weights(0.5), 2, False)
     torch.manual_seed(3)
     fixed = agent.once_per_fit(batch.next_obs, 0.5, math.inf)
-    assert torch.equal(agent.model_loss(batch, 0.5, 2, False, fixed), inside)
+    assert torch.equal(agent.model_loss(batch, weights(0.5), 2, False, fixed), inside)
     assert fixed.shape == (10, batch.action.shape[1] + 1) and not fixed.requires_grad
     some = torch.tensor([7, 2])
     again = agent.soft_value(batch.next_obs[some], fixed[some, :-1])
@@ -265,13 +270,19 @@ def test_combined_loss_is_the_weighted_sum():
 
     def at(share: float) -> float:
         torch.manual_seed(3)
-        return agent.model_loss(batch, share, 4, False).item()
+        return agent.model_loss(batch, weights(share), 4, False).item()
 
     torch.manual_seed(3)
     mean, log_std = agent.model(batch.obs[None], batch.action[None])
     nll = vaml.likelihood_loss((batch.next_obs - batch.obs)[None], mean, log_std, agent.model.varying).item()
     assert at(1.0) == pytest.approx(nll, rel=1e-6)
     assert at(0.3) == pytest.approx(0.3 * at(1.0) + 0.7 * at(0.0), rel=1e-5)
+
+
+def test_a_loss_without_weight_is_not_evaluated():
+    assert weights(0.0)[0] is None and weights(0.0)[1] == 1
+    assert weights(1.0)[0] == 1 and weights(1.0)[1] is None
+    assert [x.item() for x in weights(0.001)] == pytest.approx([0.001, 0.999], rel=1e-7)
 
 
 def test_share_of_the_likelihood_decays():
@@ -432,6 +443,21 @@ def test_fit_holds_out_a_fifth(monkeypatch):
     assert sizes == {True: buffer.size - buffer.size // 5, False: buffer.size // 5}
 
 
+@pytest.mark.parametrize(("rows", "full", "rest", "judge"), [(5_500, 7, 300, True), (200, 0, 160, False)])
+def test_sizes_that_come_again_have_a_method_of_their_own(rows, full, rest, judge, monkeypatch):
+    """fit_full and judge_full, which a GPU captures, are called with one size only: 600 and 1 000 rows."""
+    agent, sizes = make_agent(fit_epochs=1, fit_steps=10**6, model_batch=600, model_loss="mle"), {}
+    for name in ("fit", "fit_full", "judge", "judge_full"):
+        original, seen = getattr(agent, name), sizes.setdefault(name, [])
+        monkeypatch.setattr(
+            agent, name, lambda b, *x, o=original, s=seen: (s.append(len(b.obs)), o(b, *x))[1]
+        )
+    agent.model_optimizer.state["begun"] = {}  # not the first fit
+    agent.fit_model_again(filled_buffer(vaml, rows), 75)
+    assert sizes["fit_full"] == [600] * full and sizes["fit"] == [rest]
+    assert (sizes["judge_full"], sizes["judge"]) == (([1_000], []) if judge else ([], [rows // 5]))
+
+
 def test_a_capped_fit_still_looks_at_the_held_out_rows():
     """Fewer steps than an epoch: the new weights are judged, and kept."""
     agent = make_agent(fit_steps=2, model_batch=5, model_loss="mle")
@@ -461,7 +487,7 @@ def test_dimensions_that_never_change_are_found():
 def test_squared_error_helps_vagram_in_its_first_epoch():
     agent, batch = make_agent(model_loss="vagram"), filled_buffer(vaml)[torch.arange(20)]
     slope = agent.value_slopes(batch.next_obs)
-    plain, first = (agent.model_loss(batch, 0.0, 1, early, slope).item() for early in (False, True))
+    plain, first = (agent.model_loss(batch, weights(0.0), 1, early, slope).item() for early in (False, True))
     error = batch.next_obs - batch.obs - agent.model(batch.obs[None], batch.action[None])[0][0]
     assert first - plain == pytest.approx(error.square().sum(1).mean().item(), rel=1e-4)
 

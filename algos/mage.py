@@ -718,7 +718,9 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def log(self, scalars: dict[str, object]) -> None:
         for name, value in scalars.items():
-            self.writer.add_scalar(name, finite(name, float(value), RunFailed), self.step)
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"{name} is {value}")
+            self.writer.add_scalar(name, value, self.step)
 
     def end_episode(self, episode: dict[str, float], count: int = 1) -> None:
         self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
@@ -727,8 +729,7 @@ class RunFolder(contextlib.AbstractContextManager):
         if self.step - self.saved >= self.args.checkpoint_every and self.step < self.args.total_timesteps:
             self.save("checkpoint.pt")
 
-    def evaluate(self) -> None:
-        """A row of eval.csv, points in TensorBoard, a line on the screen; training is not touched."""
+    def evaluate(self) -> None:  # a row of eval.csv, points in TensorBoard, a line on the screen
         before, agent, videos = time.perf_counter(), self.agent, self.path / "videos" / f"step-{self.step}"
         kept = {name: getattr(agent, name).clone() for name in getattr(agent, "acting", ())}
         with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
@@ -742,8 +743,9 @@ class RunFolder(contextlib.AbstractContextManager):
         text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
         tqdm.write(text + more)
         tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
+        self.log({f"eval/{tags.get(name, name)}": row[name] for name in ("return_mean", *list(row)[3:-1])})
         self.last_time += (took := time.perf_counter() - before)
-        self.log({f"eval/{tags.get(k, k)}": row[k] for k in list(row)[1:-1]} | {"time/evaluation": took})
+        self.log({"time/evaluation": took})
 
     def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
         if not self.writer:
@@ -773,8 +775,7 @@ class RunFolder(contextlib.AbstractContextManager):
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
             raise RunFailed(f"cannot write {path}: {error}") from error
 
-    def save(self, name: str) -> None:
-        """Write all that the rest of the run depends on. Raises RunFailed for weights that are not finite."""
+    def save(self, name: str) -> None:  # all that the rest of the run depends on
         agent = self.agent.state_dict()
         for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
             if isinstance(leaf, Tensor) and not leaf.isfinite().all():
@@ -789,8 +790,7 @@ class RunFolder(contextlib.AbstractContextManager):
         self.write(name, lambda file: torch.save(state, file))
         self.saved = self.step
 
-    def restore(self) -> None:
-        """Go on from the newest checkpoint. Raises BadInput where the run would not be one and the same."""
+    def restore(self) -> None:  # BadInput where the run would not be one and the same
         saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"
         longer = args.total_timesteps > saved["args"]["total_timesteps"]
         for name, value in (saved["args"] | {"resume": args.resume}).items():

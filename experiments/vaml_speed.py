@@ -29,16 +29,14 @@ def measure(env_id: str, threads: int, samples: int, rounds: int, repeats: int) 
     torch.set_flush_denormal(True)
     vaml, calls = load("sac_vaml"), {}
     for name, share in SHARES.items():
-        flags = ["--env-id", env_id, "--device", "cpu", "--model-loss", name]
+        flags = ["--env-id", env_id, "--device", "cpu", "--model-loss", name, "--samples", str(samples)]
         agent, buffer = filled(vaml, vaml.parse(flags), 1_000)
         fixed = agent.once_per_fit(buffer[torch.arange(1_000)].next_obs, share, 1e9)
+        weights = vaml.loss_weights(share, agent.device)
 
-        def step(agent=agent, buffer=buffer, share=share, fixed=fixed) -> None:
+        def step(agent=agent, buffer=buffer, weights=weights, fixed=fixed) -> None:
             at = torch.randint(1_000, (agent.args.model_batch,))
-            loss = agent.model_loss(buffer[at], share, samples, False, fixed[at])
-            agent.model_optimizer.zero_grad()
-            loss.backward()
-            agent.model_optimizer.step()
+            agent.fit(buffer[at], weights, fixed[at], False)
 
         calls[name] = step
     found: dict[str, list[float]] = {name: [] for name in calls}

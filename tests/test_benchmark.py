@@ -19,6 +19,8 @@ import torch
 
 from tests.conftest import ALGOS, ROOT, TINY, differing, load, run, sizes
 
+sys.path.insert(0, str(ROOT / "experiments"))  # where launch.py finds curves.py and report.py
+
 
 def words(flags: dict) -> list[str]:
     """Flags for after the --, but for those that the launcher itself sets."""
@@ -150,9 +152,8 @@ SUITES = sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_every_suite_expands(name, tmp_path, monkeypatch):
+def test_every_suite_expands(name, tmp_path):
     """Each line parses as its file would; what it says of its cost counts the steps it really has."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
     launch = load("launch", ROOT / "experiments" / "launch.py")
     about, jobs = launch.suite_jobs(name, str(tmp_path), 1, [], fresh=True)
     assert {job.state for job in jobs} == {"new"} and len({tuple(job.command) for job in jobs}) == len(jobs)
@@ -240,7 +241,6 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
 
 def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, capsys):
     """One line where it is of use: a GPU, two or more runs at once that may use it, no daemon's answer."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
     launch = load("launch", ROOT / "experiments" / "launch.py")
 
     def done(jobs: list, *_) -> None:

@@ -676,6 +676,17 @@ def test_evaluation_does_not_touch_training(tmp_path):
     assert differing(often / "final.pt", never / "final.pt", *ignored) == []
 
 
+def test_evaluation_does_not_explore():
+    """Whatever the generator: the returns of a task that pays for every step are the same."""
+    agent, rows = make_agent(BALL._replace(dense=True), eval_episodes=3), []
+    envs = m.make_goal_envs("TorqueBallDense-v0", 2)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        rows.append(m.evaluate_goals(envs, agent, agent.args, 7))
+    assert rows[0] == rows[1] and rows[0]["return_std"] > 0
+    assert (rows[0]["step"], rows[0]["episodes"], rows[0]["length_mean"]) == (7, 3, 50)
+
+
 @pytest.mark.parametrize("flags", [(), ("--horizon", 0), ("--member", "random")])
 def test_a_resumed_run_ends_in_the_same_bits(flags, tmp_path):
     """From its checkpoint in the middle, as after a kill."""

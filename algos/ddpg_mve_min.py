@@ -603,7 +603,7 @@ class Agent:
             rows.append(torch.stack(list(metrics.values())))  # copied: the next call overwrites them
         polyak(self.critic_target, self.critic, args.tau)  # (5)
         polyak(self.actor_target, self.actor, args.tau)  # (5)
-        means = dict(zip(metrics, torch.stack(rows).mean(0), strict=True))
+        means = dict(zip(metrics, torch.stack(rows, 1).mean(1), strict=True))
         spread = {f"expansion/target_mean_{h}": t.mean() for h, t in enumerate(targets.transpose(0, 1))}
         spread["expansion/spread_over_members"] = targets.std(0, correction=0).mean()
         if not self.warned and (gap := means["expansion/pessimism_gap"]) < -5:

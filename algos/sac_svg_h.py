@@ -241,10 +241,14 @@ class Actor(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """(obs − mean) / deviation of all observations given to `update`, deviations within [0.1, 10]."""
+    """(obs − mean) / deviation of all observations given to `update`, deviations within [0.1, 10].
 
-    def __init__(self, obs_dim: int):
+    Where it is not `used` it hands on obs itself: products of a copy in another layout can have other bits.
+    """
+
+    def __init__(self, obs_dim: int, used: bool = True):
         super().__init__()
+        self.used = used
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
         self.register_buffer("exact_mean", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("squares", torch.zeros(obs_dim, dtype=torch.float64))
@@ -252,7 +256,7 @@ class Normalizer(nn.Module):
         self.register_buffer("std", torch.ones(obs_dim))
 
     def forward(self, obs: Tensor) -> Tensor:
-        return (obs - self.mean) / self.std
+        return (obs - self.mean) / self.std if self.used else obs
 
     def update(self, obs: np.ndarray) -> None:
         """Welford's recursion with one observation [n]."""
@@ -567,7 +571,7 @@ class Agent:
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         self.args, self.device, fast = args, device, device.type == "cuda"
         self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
-        normalizer, hidden = Normalizer(obs_dim), [args.hidden] * args.hidden_layers
+        normalizer, hidden = Normalizer(obs_dim, args.normalize), [args.hidden] * args.hidden_layers
         actor_sizes, critic_sizes = [obs_dim, *hidden, 2 * action_dim], [obs_dim + action_dim, *hidden, 1]
         self.actor = DeepActor(normalizer, actor_sizes, args.log_std == "tanh").to(device)
         self.critic = DeepCritic(normalizer, critic_sizes).to(device)

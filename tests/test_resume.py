@@ -168,6 +168,7 @@ def test_longer_run_equals_one_planned_so(algo, finished, tmp_path):
     assert longer == short
     assert_same_end(planned, longer)
     assert '"total_timesteps": 300' in (longer / "args.json").read_text()
+    assert module.parse(["--resume", str(longer)]).total_timesteps == 300
 
 
 def test_extension_past_an_odd_last_step(step_loop, tmp_path):
@@ -186,12 +187,11 @@ def test_stopped_before_the_first_checkpoint(loop, tmp_path, monkeypatch):
     module = load(loop)
 
     def stop(*args):
-        module.stop_after_this_step(signal.SIGTERM, None)
+        module.SIGNALS.append(signal.SIGTERM)
         return {}
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "SIGNALS", [])
-        patch.setattr(module.signal, "signal", lambda *args: None)
         patch.setattr(module.Agent, "update", stop)
         with pytest.raises(SystemExit, match="143"):
             learner(loop)(module.parse(tiny(loop, "--runs-dir", tmp_path / "a", "--checkpoint-every", 300)))

@@ -683,8 +683,6 @@ class RunFolder(contextlib.AbstractContextManager):
             setattr(agent, name, captured(getattr(agent, name)))
         name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
-        there = next(p for p in (self.path.absolute() / "x").parents if p.exists())
-        require(os.access(there, 3), "runs_dir", args.runs_dir, "a folder that can be written")  # W_OK | X_OK
         if args.resume:
             self.restore()
         else:  # everything that can be wrong is asked before a file is touched
@@ -755,8 +753,11 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
         if not self.writer:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.step else 0)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                require(False, "runs_dir", self.path.parent, f"a folder that can be written: {error}")
+            self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.args.resume else None)
         lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
         self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
 
@@ -825,8 +826,7 @@ class RunFolder(contextlib.AbstractContextManager):
             self.save("checkpoint.pt")
 
 
-def load_checkpoint(run_dir: Path) -> dict:
-    """The newest checkpoint of a run. Raises BadInput if there is none, or it is damaged or foreign."""
+def load_checkpoint(run_dir: Path) -> dict:  # BadInput if there is none, or it is damaged or foreign
     path = run_dir / "checkpoint.pt"
     path = path if path.exists() else path.with_suffix(".previous.pt")  # killed between two renames
     try:

@@ -69,7 +69,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("torch generator not restored", 'torch.set_rng_state(saved["torch_rng"])', "pass", RESUME),
     ("task generator not restored", "self.env.unwrapped.np_random.bit_generator.state = json.loads(saved[\"task_rng\"])", "pass", RESUME),
     ("replay order lost", 'self.added = state["added"]', 'self.added = len(state["rows"])', RESUME),
-    ("TensorBoard not purged", "purge_step=self.step + 1 if self.step else 0", "purge_step=None", RESUME),
+    ("TensorBoard not purged", "purge_step=self.step + 1 if self.args.resume else None", "purge_step=None", RESUME),
     ("model drawn at horizon 0", "if args.horizon == 0:  #", "if args.horizon < 0:  #", FAMILY),
     ("a longer run is not in its checkpoint", "if longer:  #", "if False:  #", RESUME),
     ("signals unheard", "    if SIGNALS:\n        raise SystemExit", "    if False:\n        raise SystemExit", RESUME),

@@ -644,8 +644,8 @@ class Agent:
         """The model's loss on held-out transitions, with enough samples to be no noise."""
         return self.model_loss(batch, weights, max(8, self.args.samples), False, fixed)
 
-    # A graph is made for one size. The last minibatch of a pass and the held-out rows of a replay that is still
-    # small have another in every fit and stay without; these are for the sizes that come again and again.
+    # A graph is made for one size: these are for the ones that come again and again. The last minibatch of a
+    # pass and the held-out rows of a small replay have another in every fit and stay without.
     fit_full, judge_full = fit, judge
 
     @torch.no_grad()

@@ -281,7 +281,9 @@ def tried(what: str, measurement):
 def on_cpu(args, algo: str, peers: list[str]) -> bool:
     """The tables of one file; returns whether all went well."""
     extra, well = own_flags(algo, args.extra), []
-    env_id, warm_up = args.env_id or ROWS.get(algo, Row()).env_id, args.warm_up or 500
+    in_cycles = algo == "ddpg_mve_min"  # of episodes on goal tasks
+    env_id = args.env_id or (ROWS[algo] if in_cycles else Row()).env_id
+    warm_up = args.warm_up or Row().warm_up
     title = " ".join([algo, *extra, "on", env_id])
     print(f"{title}, medians of {args.rounds} x {args.steps} steps")
     print(f"{'threads':>8} {'contestant':>12} {'steps/s':>9} {'ours / theirs':>14}   rounds")
@@ -300,7 +302,7 @@ def on_cpu(args, algo: str, peers: list[str]) -> bool:
                 ratio = f"{statistics.median(own) / middle:.2f}" if own and name != algo else ""
                 rounds = " ".join(f"{value:.1f}" for value in values)
                 print(f"{threads:>8} {name:>12} {middle:>9.1f} {ratio:>14}   {rounds}", flush=True)
-    for threads in args.threads if all(well) and algo != "ddpg_mve_min" else ():  # it updates in cycles
+    for threads in args.threads if all(well) and not in_cycles else ():
         share = tried(f"{algo}, an update", functools.partial(product_share, algo, env_id, threads, extra))
         if share:
             part = f"{share[1]:.1f} ms in matrix products ({share[1] / share[0]:.0%})"
@@ -342,7 +344,7 @@ def main() -> int:
     parser.add_argument("--algo", nargs="+", default=["sac"], choices=["all", *algos], metavar="FILE",
                         help="files of algos/ to measure, or all (default: sac)")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: cpu)")
-    parser.add_argument("--env-id", help="(default: the file's in ROWS, mostly HalfCheetah-v5)")
+    parser.add_argument("--env-id", help="(default: HalfCheetah-v5; on a GPU the file's of ROWS)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU (default: 1 2)")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS),
                         help="beside them (default: those installed, beside sac, ddpg and td3)")  # fmt: skip
@@ -392,7 +394,8 @@ def main() -> int:
     peers = [
         peer for peer in peers if not (cuda and peer == "sbx")
     ]  # its JAX would have to be built for CUDA
-    installed = [peer for peer in peers if importlib.util.find_spec(PEERS[peer])]
+    needed = {peer: (PEERS[peer], PEERS["sb3"]) for peer in peers}  # SBX is built on Stable-Baselines3
+    installed = [peer for peer, names in needed.items() if all(map(importlib.util.find_spec, names))]
     for peer in set(peers) - set(installed):
         print(f"{peer} is not installed: skipped (pip install -e '.[bench]')")
     if cuda:

@@ -234,9 +234,11 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
     assert code == 0 and out.startswith("new ") and len(error.splitlines()) == 1
     why = "is of another version of sac.py, which differs in cuda_graphs: neither resumed nor counted"
     assert error.strip() == f"{folder} {why}"
-    (folder / "args.json").unlink()
+    (folder / "args.json").unlink()  # killed before its first checkpoint
     code, out, error = benchmark(*flags, "--", *EXTRA)
     assert code == 0 and out.startswith("new ") and not error
+    curves = load("curves", ROOT / "experiments" / "curves.py")
+    assert (folder / "eval.csv").exists() and curves.export(runs, tmp_path / "exported") == 0
 
 
 def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, capsys):

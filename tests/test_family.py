@@ -262,7 +262,7 @@ NUMBERS += [("--critics", 2), ("--reward-members", 2)]
 NUMBERS += [("--alpha-lr", 1e-2), ("--init-alpha", 0.1), ("--target-entropy", 1.0)]
 SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2)]
 SHARED += [("--hidden", 12), ("--batch-size", 12), ("--seed", 5)]
-SHARED += [("--learning-starts", 50), ("--buffer-size", 100)]
+SHARED += [("--learning-starts", 50), ("--buffer-size", 70)]
 
 
 @pytest.mark.parametrize("name", STEPWISE)
@@ -276,7 +276,7 @@ def test_every_number_changes_what_is_learned(name, tmp_path):
             flags.append(flag + NEEDS.get((name, flag[0]), ()))
     same = ("--tdk",) if getattr(load(name).Args, "tdk", False) else ("--no-tdk",)  # is the default
     flags = [flag for flag in flags if flag != same]
-    steps = 200 if name == "mbpo" else 125  # whose longer rollouts begin after epochs of 50
+    steps = {"mbpo": 200, "steve": 125}.get(name, 90)  # longer rollouts, slow critics: they begin later
     short = ("--total-timesteps", steps, "--eval-every", steps, "--eval-episodes", 1, "--log-every", steps)
     short += ("--diagnose-every", steps) if "diagnose-every" in fields else ()
     base = torch.load(run(name, tmp_path / "base", *short) / "final.pt", weights_only=True)["agent"]

@@ -871,7 +871,7 @@ def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> g
     space = env.observation_space
     require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
     flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
-    seen = lambda obs: finite("the task's observation", obs).ravel()
+    seen = lambda obs: finite("the task's observation", obs).flatten()  # a copy: tasks may reuse their array
     paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]
     env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
     return gym.wrappers.RecordEpisodeStatistics(env)

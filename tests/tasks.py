@@ -72,6 +72,22 @@ class NoisyReset(LQR):
         return np.array([1000.0]), {}
 
 
+class SameArray(LQR):
+    """Every observation is the same float32 array, overwritten at each step."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    array = np.zeros(1, np.float32)
+
+    def reset(self, **options):
+        self.array[:] = super().reset(**options)[0]
+        return self.array, {}
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        self.array[:] = obs
+        return self.array, *rest
+
+
 class LastStep(LQR):
     """Terminates on the very step at which the time limit of 5 strikes."""
 
@@ -272,7 +288,7 @@ class GoalNan(Shuttle):
 
 
 for task in (
-    LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, NanReward, LateNan, NanObservation, WideNan,
+    LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, SameArray, NanReward, LateNan, NanObservation, WideNan,
     Huge, DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)

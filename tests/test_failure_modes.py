@@ -28,7 +28,7 @@ ELSEWHERE = {
     11: "test_math.test_squashed_log_prob_is_exact_where_tanh_saturates",
     12: "test_math.test_squashed_density_integrates_to_one",
     13: "test_math.test_shapes_of_b_and_b1_never_broadcast",
-    14: "test_runs.test_every_episode_is_logged_and_stored",
+    14: "test_failure_modes.test_14_observations_in_one_array_are_copied",
     15: "test_bad_input.test_replay_larger_than_memory",
     16: "test_math.test_full_buffer_overwrites_its_oldest_rows",
     17: "test_runs.test_same_seed_same_bits_other_seed_other_bits",
@@ -99,6 +99,13 @@ def test_03_reset_observation_is_never_a_successor(step_loop, tmp_path):
     data = replay(step_loop, tmp_path, "tests.tasks:NoisyReset-v0")
     assert (data["obs"] == 1000).sum() == 15
     assert data["next_obs"].abs().max() < 100
+
+
+def test_14_observations_in_one_array_are_copied(step_loop, tmp_path):
+    """A task that overwrites its observation in place: s and s' of every transition still follow the system."""
+    data = replay(step_loop, tmp_path, "tests.tasks:SameArray-v0")
+    moved = 0.9 * data["obs"] + 0.5 * (1 + 2 * data["action"])  # [−1, 1] is [−1, 3] for the task
+    assert torch.allclose(data["next_obs"], moved, atol=1e-5)
 
 
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Pusher-v5", "Pendulum-v1", "tests.tasks:LQR-v0"])

@@ -288,7 +288,8 @@ class GoalNan(Shuttle):
 
 
 for task in (
-    LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, SameArray, NanReward, LateNan, NanObservation, WideNan,
+    LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, SameArray, NanReward, LateNan, NanObservation,
+    WideNan,
     Huge, DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,
 ):  # fmt: skip
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=20)

@@ -102,7 +102,7 @@ def test_03_reset_observation_is_never_a_successor(step_loop, tmp_path):
 
 
 def test_14_observations_in_one_array_are_copied(step_loop, tmp_path):
-    """A task that overwrites its observation in place: s and s' of every transition still follow the system."""
+    """A task overwrites its observation in place: s and s' of every transition still follow the system."""
     data = replay(step_loop, tmp_path, "tests.tasks:SameArray-v0")
     moved = 0.9 * data["obs"] + 0.5 * (1 + 2 * data["action"])  # [−1, 1] is [−1, 3] for the task
     assert torch.allclose(data["next_obs"], moved, atol=1e-5)

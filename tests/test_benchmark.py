@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ALGOS, ROOT, TINY, differing, load, run, sizes
+from tests.conftest import ALGOS, ROOT, TINY, differing, load, long, run, sizes
 
 sys.path.insert(0, str(ROOT / "experiments"))  # where launch.py finds curves.py and report.py
 
@@ -429,6 +429,7 @@ def measure(monkeypatch):
     return module
 
 
+@long
 def test_speed_of_real_loops(measure, capsys):
     """Both files at one thread, and the share of the products; --horizon goes to the file that has it."""
     flags = "--env-id tests.tasks:Cliff-v0 --threads 1 --rounds 1 --steps 40 --warm-up 60 --peers".split()
@@ -459,6 +460,7 @@ def test_speed_mistakes(flags, code, expected, measure, monkeypatch, capsys):
     assert len(error.splitlines()) == 1 and expected in error
 
 
+@long
 def test_speed_of_processes_at_once(measure):
     """Two loops over one span of time; if one ends, that is an error in its words."""
     task = measure.Task("tests.tasks:Cliff-v0", "cpu", 1, 60, steps=40, seconds=0.2, patience=60)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, TINY, differing, run
+from tests.conftest import ROOT, TINY, differing, long, run
 
 pytest.importorskip("ray")
 QUICK = {
@@ -63,6 +63,7 @@ def both_begun(process, runs_dir, limit: float = 120) -> None:
         time.sleep(0.02)
 
 
+@long
 def test_a_node_dies_and_nothing_is_lost(cluster, tmp_path):
     """Six runs on two nodes, one killed in the middle: all complete, none twice, the same bits as without."""
     process = start(cluster, tmp_path, "1,2,3,4,5,6")
@@ -82,6 +83,7 @@ def test_a_node_dies_and_nothing_is_lost(cluster, tmp_path):
     assert starts >= 7 and sum("--resume" in text for text in logs) >= 1  # what the dead node had was resumed
 
 
+@long
 def test_stopping_leaves_the_cluster_clean(cluster, tmp_path):
     """SIGINT ends the runs with a checkpoint and frees what they held; the same command goes on.
 
@@ -89,7 +91,7 @@ def test_stopping_leaves_the_cluster_clean(cluster, tmp_path):
     """
     import ray
 
-    longer = ["--", "--total-timesteps", 2_500]
+    longer = ["--", "--total-timesteps", 5_000]
     process = start(cluster, tmp_path, "1,2,3", extra=longer)
     both_begun(process, tmp_path)
     process.send_signal(2)

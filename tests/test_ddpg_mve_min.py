@@ -13,7 +13,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import tests.test_graphs
-from tests.conftest import differing, evaluations, flat, load, run, scalars, shell, tiny
+from tests.conftest import differing, evaluations, flat, load, long, run, scalars, shell, tiny
 from tests.test_bad_input import fails
 
 m = load("ddpg_mve_min")
@@ -743,6 +743,7 @@ def test_video(tmp_path):
     assert videos == ["step-0", "step-200", "step-300"]
 
 
+@long
 def test_it_learns(tmp_path):
     """The default run, cut to 8 000 steps: from hardly ever to most of 50 goals (seed 1: 0.02 and 0.7)."""
     flags = ["--total-timesteps", 8_000, "--eval-every", 8_000, "--eval-episodes", 50, "--num-threads", 1]

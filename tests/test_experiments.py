@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, load, run, scalars
+from tests.conftest import ROOT, load, long, run, scalars
 from tests.tasks import RHO, A, B, Q
 from tests.test_math import GAMMA, K, exact_critic, make_agent
 
@@ -110,6 +110,7 @@ def test_error_of_the_model_adds_up():
         assert row["state_error"] == 0
 
 
+@long
 def test_noise_of_the_returns_is_taken_out():
     """A noisy policy: the variance found does not depend on how many returns the reference is made of."""
     few, many = (table(0.0, None, 0, 400, 0.1, repeats)["simulator - returns", 0] for repeats in (2, 12))
@@ -289,6 +290,7 @@ def test_horizon_study_mistakes(flags, expected):
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@long
 def test_launch_speed_prints_three_figures():
     done = experiment("launch_speed", "--steps", 260, "--rounds", 1, "--jobs", 1, "--runs", 20)
     assert done.returncode == 0, done.stderr
@@ -391,6 +393,7 @@ def test_both_models_learn_a_linear_world():
         assert max(model_error.errors(predict, data, obs.std(0))) < 0.01, name
 
 
+@long
 def test_model_error_of_a_run_resumes(tmp_path):
     """Two sizes at once, and one after the other, give the same table; each split has every k."""
     folder, tables = run("sac", tmp_path, "--env-id", "Pendulum-v1", "--total-timesteps", 1800), []
@@ -604,6 +607,7 @@ FROZEN = (
 FROZEN += "--hidden 16 --fit-steps 5 --samples 2 --threads 1".split()
 
 
+@long
 def test_frozen_snapshots_resume(tmp_path):
     """SAC in stages, three fits at each; the run is that of one stage, to the bit; fits resume."""
     flags = [*FROZEN, "--runs-dir", tmp_path / "runs"]

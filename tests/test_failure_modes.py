@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, load, run, tiny
+from tests.conftest import ROOT, load, long, run, tiny
 
 ELSEWHERE = {
     1: "test_failure_modes.test_01_time_limit_is_not_a_termination",
@@ -153,6 +153,7 @@ def test_09_target_entropy_is_minus_the_action_dimension(soft):
     assert agent.target_entropy == -1.5
 
 
+@long
 def test_34_threads_are_those_asked_for(loop, tmp_path):
     run(loop, tmp_path, "--num-threads", 2)
     assert torch.get_num_threads() == 2

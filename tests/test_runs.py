@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, differing, evaluations, family_of, load, run, scalars, shell, tiny
+from tests.conftest import ROOT, differing, evaluations, family_of, load, long, run, scalars, shell, tiny
 from tests.tasks import RHO, A, B, Q
 
 
@@ -186,6 +186,7 @@ def test_learns_the_linear_quadratic_task(name, tmp_path):
     assert returns[-1] > -5
 
 
+@long
 @pytest.mark.parametrize("name", ["sac", "sac_mve"])
 def test_learns_pendulum(name, tmp_path):
     """Swing-up: below −800 at first, above −400 after 4 000 steps (seed 1: −195 and −182; random −1 200)."""

@@ -509,11 +509,7 @@ class EpisodeReplay:
 class Agent:
     """DDPG with hindsight whose critics learn from pessimistic expanded targets."""
 
-    captured = (
-        "policy_for",
-        "learn",
-        "fit_models",
-    )  # tensors in, tensors out: on a GPU each becomes a CUDA graph
+    captured = ("policy_for", "learn", "fit_models")  # tensors in, tensors out: CUDA graphs on a GPU
 
     def __init__(self, args: Args, task: GoalTask, device: torch.device):
         self.args, self.task, self.device, self.warned = args, task, device, False

@@ -168,7 +168,15 @@ def test_longer_run_equals_one_planned_so(algo, finished, tmp_path):
     assert longer == short
     assert_same_end(planned, longer)
     assert '"total_timesteps": 300' in (longer / "args.json").read_text()
-    assert module.parse(["--resume", str(longer)]).total_timesteps == 300
+
+
+def test_extension_is_remembered_without_a_later_checkpoint(loop, tmp_path, capsys):
+    """A run's new length is in its checkpoint from the start: resumed once more it is complete."""
+    module = load(loop)
+    folder = str(run(loop, tmp_path, "--total-timesteps", 200, "--checkpoint-every", 1000))
+    for flags in (["--total-timesteps", "300"], []):
+        learner(loop)(module.parse(["--resume", folder, *flags]))
+    assert "is complete: 300 steps" in capsys.readouterr().out
 
 
 def test_extension_past_an_odd_last_step(step_loop, tmp_path):

@@ -28,8 +28,8 @@ import io
 import json
 import math
 import os
-import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import gymnasium as gym
@@ -47,7 +46,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn, optim
-from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -64,6 +62,7 @@ class Run:
     """The task, the loop around the agent and what it leaves on disk; the same in every file."""
 
     env_id: str = "InvertedPendulum-v5"  # Gymnasium id; package.module:Name-v0 imports what registers it
+    env_kwargs: str = "{}"  # JSON of the arguments of the task's constructor, as '{"frame_skip": 2}'
     seed: Natural = 1  # of weights, noise, replay sampling and the task; evaluation uses seed + 100
     total_timesteps: Count = 10_000  # environment steps, warm-up included
     learning_starts: Count = 1_000  # random actions before the first update (SAC's authors: 1 000 to 10 000)
@@ -498,7 +497,7 @@ class Agent:
     captured = ("policy", "learn", "fit_minibatch")  # as CUDA graphs; in `branch` rows end: shapes change
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        self.args, self.device = args, device
+        self.args, self.sizes, self.device = args, (obs_dim, action_dim), device
         self.target_entropy = -float(action_dim) if args.target_entropy is None else args.target_entropy
         self.actor = Actor(obs_dim, action_dim, args.hidden).to(device)
         self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
@@ -537,7 +536,8 @@ class Agent:
 
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
-        return self.policy(torch.as_tensor(obs, device=self.device)[None], deterministic)[0].cpu().numpy()
+        obs = torch.as_tensor(np.float32(obs), device=self.device)
+        return self.policy(obs[None], deterministic)[0].cpu().numpy()
 
     @torch.no_grad()
     def policy(self, obs: Tensor, deterministic: bool) -> Tensor:
@@ -709,7 +709,7 @@ def train(args: Args) -> Path:
 
     Raises BadInput for a mistake, before anything is on disk, and RunFailed for a run that cannot go on.
     """
-    device, env = prepare(args), make_env(args.env_id)
+    device, env = prepare(args), make_env(args.env_id, args.env_kwargs)
     env.reset(seed=args.seed)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(args, obs_dim, action_dim, device)
@@ -736,7 +736,7 @@ def train(args: Args) -> Path:
 
 def evaluate(agent: Agent, args: Args, step: int, video_dir: Path | None = None) -> dict[str, float]:
     """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
-    env, episodes = make_env(args.env_id, video_dir), []
+    env, episodes = make_env(args.env_id, args.env_kwargs, video_dir), []
     for episode in range(args.eval_episodes):
         obs, done = begin_episode(env, agent, None if episode else args.seed + 100), False
         while not done:
@@ -751,29 +751,34 @@ def evaluate(agent: Agent, args: Args, step: int, video_dir: Path | None = None)
 
 # --- the same in every file from here on: checks, task, run folder, graphs, command line ---
 
-ALGO, FORMAT, SIGNALS = Path(__file__).stem, 2, []  # FORMAT of checkpoints; SIGINT or SIGTERM, once received
+BadInput = type("BadInput", (ValueError,), {})  # the user's mistake, or the task's: one line, exit code 2
+RunFailed = type("RunFailed", (RuntimeError,), {})  # cannot go on; exit code 1, its last checkpoint is kept
+FILE, FORMAT, SIGNALS, WARNED = Path(globals().get("__file__", "notebook")).resolve(), 3, [], set()
+ALGO, pytree, whole = FILE.stem, torch.utils._pytree, lambda x: int(f"{float(x):.17g}")  # 1e6 is a count
+warn = lambda text: text in WARNED or WARNED.add(text) or tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-class BadInput(ValueError):
-    """The user's mistake, or the task's: one line on stderr, exit code 2."""
-
-
-class RunFailed(RuntimeError):
-    """A run that cannot go on: one line on stderr, exit code 1, its last good checkpoint kept."""
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise BadInput that names the argument, its value and what is allowed."""
+def require(ok: bool, name: str, value: object, allowed: str) -> None:  # or BadInput that says what is
     if not ok:
         raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
-def check(args) -> None:  # arguments against the range in their annotation, and against each other
+def check(args) -> None:  # types, ranges in their annotation, and one against another
+    options = lambda x: json.dumps(x if isinstance(x, dict) else json.loads(x), sort_keys=True)
+    kinds = {int: whole, float: float, str: os.fspath, bool: {True: True, False: False}.__getitem__}
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        for low, high in (x for x in get_args(field.type) if isinstance(x, tuple) and value is not None):
-            allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            require(low <= value <= high and value < math.inf, field.name, value, allowed)
+        name, value, parts = field.name, getattr(args, field.name), get_args(field.type) or (field.type,)
+        kind, *none = get_args(parts[0]) or parts[:1]  # float | None
+        if isinstance(kind, str):  # a Literal
+            require(value in parts, name, value, f"one of {', '.join(parts)}")
+        elif value is not None or not none:
+            try:
+                setattr(args, name, value := (options if name == "env_kwargs" else kinds[kind])(value))
+            except (KeyError, TypeError, ValueError):
+                require(False, name, value, "JSON" if name == "env_kwargs" else f"of type {kind.__name__}")
+            for low, high in parts[1:]:
+                allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+                require(low <= value <= high and value < math.inf, name, value, allowed)
     batch, warm_up, total = args.batch_size, args.learning_starts, args.total_timesteps
     require(batch <= warm_up, "batch_size", batch, f"at most --learning-starts {warm_up}")
     require(warm_up < total, "learning_starts", warm_up, f"below --total-timesteps {total}")
@@ -796,90 +801,122 @@ def available_memory(device: torch.device) -> float:  # in bytes
         return torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
         return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
-def finite(name: str, value, error=BadInput) -> np.ndarray:
-    """The value as float32, or the error. Here, several times in each step, a signal ends the run."""
-    if SIGNALS:
+def finite(name: str, value, error=BadInput, size: int | None = None) -> np.ndarray:  # float32, or the error
+    if SIGNALS:  # here, several times in each step, a signal ends the run
         raise SystemExit(128 + SIGNALS[0])
     with np.errstate(over="ignore"), contextlib.suppress(TypeError, ValueError):
-        if np.isfinite(result := np.asarray(value, np.float32)).all():
+        if size in (None, (result := np.asarray(value, np.float32)).size) and np.isfinite(result).all():
             return result
-    raise error(f"{name} must be finite in float32, got {value}")
+    wide = size in (None, np.size(value))
+    kind = "finite in float32" if wide else f"of size {size}, not of shape {np.shape(value)}"
+    raise error(f"{name} must be {kind}, got {value}")
 
 
-def make_env(env_id: str, video_dir: Path | None = None, raw: bool = False) -> gym.Env:
-    """The task, actions in [−1, 1]; its numbers flat, float32 and finite, or `raw` as it gives them."""
+class Boundary(gym.Wrapper):  # what a task says is checked; what it does wrong is named, or warned of
+    taken, length, total = 0, 0, 0.0  # steps in all; those of the episode, and its return
+    longest, see = 100_000, staticmethod(lambda obs: obs)  # steps of an episode of evaluation
+
+    @contextlib.contextmanager
+    def named(self):
+        try:
+            yield
+        except (BadInput, RunFailed):
+            raise
+        except Exception as error:  # tasks fail in many ways
+            api = "; has it the old Gym API, not Gymnasium's?" * isinstance(error, TypeError | ValueError)
+            fault = f"the task failed after {self.taken} steps: {error!r}{api}"
+            raise (RunFailed if self.taken else BadInput)(fault) from error
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        generator, self.length, self.total = getattr(self.unwrapped, "np_random", None), 0, 0.0
+        with self.named():
+            obs, info = self.env.reset(seed=seed, options=options)
+            if seed is None and generator is not getattr(self.unwrapped, "np_random", None):
+                warn("the task renews its generator: without a seed at each reset resume will not be exact")
+                return self.reset(seed=int(torch.randint(2**31, ())), options=options)
+            return (info | {}, self.see(obs))[::-1]  # info first: of the old API it is none
+
+    def step(self, action: np.ndarray) -> tuple:
+        with self.named():
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            finite("the task's reward", reward, size=1)
+            obs, reward = self.see(obs), float(np.asarray(reward).item())
+            if not (terminated in (0, 1) and truncated in (0, 1)):
+                raise BadInput(f"terminated and truncated must be flags, got {terminated} and {truncated}")
+            self.taken, self.length, self.total = self.taken + 1, self.length + 1, self.total + reward
+            if self.length > self.longest:
+                raise BadInput(f"an evaluation's episode exceeds {self.longest} steps: set max_episode_steps")
+            end = {"episode": {"r": self.total, "l": self.length}} if terminated or truncated else {}
+            return obs, reward, bool(terminated), bool(truncated), info | end
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            return super().close()
+        warn("the task's close() failed")
+
+
+def make_env(env_id: str, env_kwargs: str = "{}", video_dir: Path | None = None, raw=False) -> gym.Env:
+    """The task, actions in [−1, 1], numbers flat and float32, or `raw`; with video_dir one can watch it."""
     try:
-        env = gym.make(env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if video_dir else {})
-        if video_dir:  # its first episode; tried out before RecordVideo makes its folder
+        options = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if video_dir else {})
+        env = gym.make(env_id, disable_env_checker=True, **options)
+        if video_dir:  # tried out before RecordVideo makes its folder
             env.reset()
             env.render()
             env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
     except Exception as error:  # tasks and renderers fail in many ways
         require(not video_dir, "capture_video", True, f"off where rendering fails: {error!r}")
-        require(False, "env_id", env_id, f"a task that can be made: {error!r}")
-    box = env.action_space
-    real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
-    fit = real and box.is_bounded() and (box.low < box.high).all()
-    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions, not {box}")
+        require(False, "env_id", env_id, f"a task that can be made with --env-kwargs {env_kwargs}: {error!r}")
+    Box, box, space = gym.spaces.Box, env.action_space, env.observation_space
+    real = isinstance(box, Box) and np.issubdtype(box.dtype, np.floating)
+    fit = real and 0 < (width := np.subtract(box.high, box.low, dtype=float)).min() <= width.max() < 3.4e38
+    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions in float32's range, not {box}")
     low, high = box.low.ravel(), box.high.ravel()  # which the rounding of RescaleAction overshoots
     fit = lambda a: np.clip(finite("the agent's action", a, RunFailed), low, high).reshape(box.shape)
-    env = gym.wrappers.TransformAction(env, fit, gym.spaces.Box(low, high, dtype=box.dtype))
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    if raw:
-        return env
-    space = env.observation_space
-    require(isinstance(space, gym.spaces.Box), "env_id", env_id, f"with Box observations, not {space}")
-    flat = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
-    seen = lambda obs: finite("the task's observation", obs).flatten()  # a copy: tasks may reuse their array
-    paid = lambda reward: (finite("the task's reward", reward), float(reward))[1]
-    env = gym.wrappers.TransformReward(gym.wrappers.TransformObservation(env, seen, flat), paid)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    env = gym.wrappers.TransformAction(env, fit, Box(low, high, dtype=box.dtype))
+    env = Boundary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    if not raw:
+        flat = isinstance(space, Box)
+        require(flat, "env_id", env_id, f"with Box observations; FlattenObservation makes one of {space}")
+        env.observation_space = Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
+        see = lambda obs: finite("the task's observation", obs, size=math.prod(space.shape))
+        env.see = lambda obs: see(obs).flatten()  # a copy: tasks may reuse their array
+    return env
 
 
 def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
-    obs, _ = env.reset(seed=seed)
-    getattr(agent, "begin_episode", lambda: None)()  # an agent that remembers has one, and is told here
-    return obs
+    return getattr(agent, "begin_episode", int)() or env.reset(seed=seed)[0]  # of an agent that remembers
 
 
-def captured(method):
-    """CUDA graphs of it, one a signature. It reads no tensor; its next call overwrites what it returned."""
+def captured(method):  # as CUDA graphs, one a signature; it reads no tensor, and overwrites what it returned
     graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-
-    def alike(x: Tensor) -> Tensor:  # in layout and alignment too: the bits of a product may depend on them
-        offset, steps = x.storage_offset() % 32, zip(x.shape, x.stride(), strict=True)
-        span = offset + 1 + sum((count - 1) * stride for count, stride in steps)
-        return x.new_empty(max(0, span)).as_strided(x.shape, x.stride(), offset)
+    alike = lambda x: x.new().set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
 
     def call(*args):
         signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
-        graph = graphs.setdefault(signature, SimpleNamespace(calls=0))
-        graph.calls += 1
-        if graph.calls <= 3:  # ordinary calls, on a side stream as capture demands
+        graph = graphs.setdefault(signature, {"ordinary": [1, 2, 3]})
+        if graph["ordinary"] and graph["ordinary"].pop():  # calls, on a side stream as capture demands
             main, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 result = method(*args)
             main.wait_stream(side)
             return result
-        if graph.calls == 4:
-            graph.captured = torch.cuda.CUDAGraph()
-            graph.inputs = pytree.tree_map_only(Tensor, alike, args)
-            with torch.cuda.graph(graph.captured):  # executes nothing
-                graph.result = method(*graph.inputs)
-        torch._foreach_copy_(tensors(graph.inputs), tensors(args))
-        graph.captured.replay()
-        return graph.result
+        if "graph" not in graph:
+            graph |= {"graph": torch.cuda.CUDAGraph(), "inputs": pytree.tree_map_only(Tensor, alike, args)}
+            with torch.cuda.graph(graph["graph"]):  # executes nothing
+                graph["result"] = method(*graph["inputs"])
+        torch._foreach_copy_(tensors(graph["inputs"]), tensors(args))
+        graph["graph"].replay()
+        return graph["result"]
 
     return call
 
 
-class RunFolder(contextlib.AbstractContextManager):
-    """What a run leaves on disk; evaluate(agent, args, step, video_dir) returns a row of eval.csv."""
-
+class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
     def __init__(self, args, env: gym.Env, agent, buffer, evaluate):
         self.args, self.env, self.agent, self.buffer, self.evaluation = args, env, agent, buffer, evaluate
         self.step, self.episode, self.rows, self.saved, self.last_time = 0, 0, [], 0, 0.0
@@ -888,25 +925,30 @@ class RunFolder(contextlib.AbstractContextManager):
             setattr(agent, name, captured(getattr(agent, name)))
         name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        self.again = f"to continue: {shlex.join(['python', sys.argv[0], '--resume', str(self.path)])}"
+        resets = (pytree.tree_leaves(env.reset(seed=args.seed)[0]) for _ in range(2))
+        all(map(np.array_equal, *resets)) or warn("the task ignores its seed: resume will not be exact")
+        git = "git describe --always --dirty --abbrev=40"
+        git = subprocess.run(git, shell=True, cwd=FILE.parent, capture_output=True, text=True).stdout
+        self.uses = {m.__name__: str(m.__version__) for m in (torch, np, gym, sys.modules.get("mujoco")) if m}
+        self.uses |= {"python": sys.version.split()[0], "git_commit": git.strip() or None}
+        self.history = [self.uses | {"since_step": 0}]
         if args.resume:
             self.restore()
         else:  # everything that can be wrong is asked before a file is touched
             self.evaluate()
             self.save("checkpoint.pt")
-        if not self.complete:
-            self.write_args()
-        self.last_step, self.last_time = self.step, time.perf_counter()
+        env.longest, self.last_step, self.last_time = math.inf, self.step, time.perf_counter()
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.writer:
+        with contextlib.suppress(AttributeError, OSError):  # there is none, or a full disk
             self.writer.close()
         self.env.close()
-        if isinstance(error, SystemExit):
-            again = f"python {sys.argv[0]} --resume {self.path}"
-            print(f"stopped at step {self.step}; to continue: {again}", file=sys.stderr)
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            print(f"stopped at step {self.step}; {self.again}", file=sys.stderr)
         if isinstance(error, BadInput | RunFailed | OSError):
             kind = BadInput if isinstance(error, BadInput) else RunFailed
-            raise kind(f"step {self.step}: {error}; {self.path} keeps its last good checkpoint") from error
+            raise kind(f"step {self.step}: {error}; its last checkpoint is kept, {self.again}") from error
 
     def steps(self, at_once: int = 1):  # the numbers of those that are left to take
         total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
@@ -944,39 +986,25 @@ class RunFolder(contextlib.AbstractContextManager):
         with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed + 100)
             row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
-        for name, remembered in kept.items():
-            getattr(agent, name).copy_(remembered)
+        agent.load_state_dict(kept)
         self.rows.append(row | {"seconds": round(time.perf_counter() - self.began, 2)})
         self.write_rows()
-        more = "".join(f"  {name} {value:.2f}" for name, value in list(row.items())[4:-1])
         text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
-        tqdm.write(text + more)
+        tqdm.write(text + "".join(f"  {name} {row[name]:.2f}" for name in list(row)[4:-1]))
         tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
         self.log({f"eval/{tags.get(name, name)}": row[name] for name in ("return_mean", *list(row)[3:-1])})
         self.last_time += (took := time.perf_counter() - before)
         self.log({"time/evaluation": took})
 
     def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
-        if not self.writer:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                require(False, "runs_dir", self.path.parent, f"a folder that can be written: {error}")
-            self.writer = SummaryWriter(self.path, purge_step=self.step + 1 if self.args.resume else None)
         lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
         self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
-
-    def write_args(self) -> None:  # for people and tools, with what else the bits depend on
-        describe, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
-        git = subprocess.run(describe, shell=True, cwd=here, capture_output=True, text=True)
-        record = {"algo": ALGO, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
-        record |= {m.__name__: m.__version__ for m in (torch, np, gym, sys.modules.get("mujoco")) if m}
-        text = json.dumps(record | {"git_commit": git.stdout.strip() or None}, indent=2)
-        self.write("args.json", lambda file: file.write(text.encode()))
+        self.writer = self.writer or SummaryWriter(self.path, "", self.step + 1 if self.args.resume else None)
 
     def write(self, name: str, write) -> None:  # so that the file holds old bytes or new
         path, temporary = self.path / name, self.path / f"{name}.tmp"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
@@ -984,33 +1012,39 @@ class RunFolder(contextlib.AbstractContextManager):
             if path.suffix == ".pt" and path.exists():
                 path.replace(path.with_suffix(".previous.pt"))
             temporary.replace(path)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        except (OSError, RuntimeError) as error:  # torch.save hides a full disk in the latter
+            require(self.writer, "runs_dir", self.path.parent, f"a folder that can be written: {error}")
+            temporary.unlink(missing_ok=True)
             raise RunFailed(f"cannot write {path}: {error}") from error
 
     def save(self, name: str) -> None:  # all that the rest of the run depends on
-        agent = self.agent.state_dict()
+        agent, rng = self.agent.state_dict(), getattr(self.env.unwrapped, "np_random", None)
         for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
             if isinstance(leaf, Tensor) and not leaf.isfinite().all():
                 raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
-        state = {"algo": ALGO, "format": FORMAT, "args": dataclasses.asdict(self.args) | {"resume": ""}}
-        state |= {"step": self.step, "episode": self.episode, "rows": self.rows}
-        state |= {"seconds": time.perf_counter() - self.began}
-        state |= {"task_rng": json.dumps(self.env.unwrapped.np_random.bit_generator.state)}
+        old = isinstance(rng, np.random.RandomState)
+        task = rng.get_state(legacy=False) if old else getattr(getattr(rng, "bit_generator", 0), "state", 0)
+        state = {"args": dataclasses.asdict(self.args) | {"resume": "", "device": self.agent.device.type}}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "history": self.history}
+        state |= {"seconds": time.perf_counter() - self.began, "sizes": self.agent.sizes, "agent": agent}
         state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
-        state |= {"torch_rng": torch.get_rng_state(), "agent": agent, "buffer": self.buffer.state_dict()}
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task, default=np.ndarray.tolist)}
+        state |= {"algo": ALGO, "format": FORMAT, "buffer": self.buffer.state_dict()}
         self.writer.flush()
         self.write(name, lambda file: torch.save(state, file))
+        record = {k: state[k] for k in ("algo", "args", "history")} | self.history[-1]  # for people and tools
+        self.write("args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
         self.saved = self.step
 
     def restore(self) -> None:  # BadInput where the run would not be one and the same
         saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"
-        longer = args.total_timesteps > saved["args"]["total_timesteps"]
-        for name, value in (saved["args"] | {"resume": args.resume}).items():
-            same = getattr(args, name) == value or (longer and name == "total_timesteps")
+        began, longer = saved["args"], args.total_timesteps > saved["args"]["total_timesteps"]
+        for name, value in (began | {"resume": args.resume}).items():
+            same = getattr(args, name, value) == value or (longer and name == "total_timesteps")
             allowed = f"{value} as in {self.path}: a resumed run may only get more --total-timesteps"
-            require(same, name, getattr(args, name), allowed)
-        there, here = "cpu" if saved["cuda_rng"] is None else "cuda", self.agent.device.type
-        require(there == here, "device", here, f"{there} as in {self.path}")
+            require(same, name, getattr(args, name, value), allowed)
+        if other := ", ".join(sorted(began.keys() ^ vars(args).keys())):
+            warn(f"since {self.path} began its file has gained (default taken) or lost: {other}")
         self.complete = final.exists() and not longer
         if self.complete:
             return
@@ -1019,33 +1053,47 @@ class RunFolder(contextlib.AbstractContextManager):
             self.buffer.load_state_dict(saved["buffer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise BadInput(f"--resume {self.path}: must fit the task as it is now: {error}") from error
-        self.step, self.episode, self.rows = saved["step"], saved["episode"], saved["rows"]
-        self.saved, self.began = self.step, self.began - saved["seconds"]
-        self.env.unwrapped.np_random.bit_generator.state = json.loads(saved["task_rng"])
+        self.step, self.episode, self.rows = self.saved, *_ = [saved[k] for k in ("step", "episode", "rows")]
+        self.began, before, now = self.began - saved["seconds"], saved["history"][-1], self.uses
+        if changed := [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]:
+            warn(f"since {self.path} began: {', '.join(changed)}; its last bits may be others")
+        self.history = saved["history"] + [now | {"since_step": self.step}] * bool(changed)
+        if task := json.loads(saved["task_rng"]):
+            rng = self.env.unwrapped.np_random
+            rng.set_state(task) if hasattr(rng, "set_state") else setattr(rng.bit_generator, "state", task)
         torch.set_rng_state(saved["torch_rng"])
-        if here == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        torch.cuda.set_rng_state(saved["cuda_rng"]) if args.device == "cuda" else None
         final.unlink(missing_ok=True)
         self.write_rows()
-        if longer:  # a run's length is part of its checkpoint
-            self.save("checkpoint.pt")
+        self.save("checkpoint.pt")  # a run's length and versions are part of it
 
 
-def load_checkpoint(run_dir: Path) -> dict:  # BadInput if there is none, or it is damaged or foreign
-    path = run_dir / "checkpoint.pt"
-    path = path if path.exists() else path.with_suffix(".previous.pt")  # killed between two renames
+def load(run_dir: str | Path, device: str = "cpu"):
+    """A run's agent, as last saved, and its arguments: agent.act(obs, deterministic=True) is in [−1, 1]."""
+    args, saved = parse(["--resume", str(run_dir)]), load_checkpoint(Path(run_dir), "final.pt")
+    agent = Agent(args, *saved["sizes"], torch.device(device))
+    agent.load_state_dict({name: part for name, part in saved["agent"].items() if hasattr(agent, name)})
+    return agent, dataclasses.replace(args, resume="")
+
+
+def load_checkpoint(run_dir: Path, *better: str) -> dict:  # BadInput if damaged, foreign or none
+    names = [*better, "checkpoint.pt", "checkpoint.previous.pt"]  # the last if killed between two renames
+    path = next((run_dir / name for name in names if (run_dir / name).exists()), run_dir / names[-1])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         found, ours = f"{state['algo']}, format {state['format']}", f"{ALGO}, format {FORMAT}"
     except Exception as error:  # missing and damaged files raise many types
-        hint = "an unreadable one may be deleted to fall back on checkpoint.previous.pt"
-        raise BadInput(f"--resume {run_dir}: must be a run folder with a checkpoint.pt; {hint}") from error
+        fallback = "delete an unreadable one to use checkpoint.previous.pt"
+        require(False, "resume", run_dir, f"a run folder with a checkpoint.pt ({fallback}): {error!r}")
     require(found == ours, "resume", run_dir, f"a run of {ours}, not {found}")
     return state
 
 
 def parse(argv: list[str] | None = None):
     """Args from the command line over a run's own, or what `Args.defaults` makes of it. Raises BadInput."""
+    spec, rules = tyro.constructors.PrimitiveConstructorSpec, tyro.constructors.ConstructorRegistry()
+    count = spec(1, "INT", lambda words: whole(words[0]), lambda x: isinstance(x, int), lambda x: [str(x)])
+    rules.primitive_rule(lambda info: count if info.type is int else None)
 
     def read(defaults: dict) -> dict:
         groups = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
@@ -1053,35 +1101,27 @@ def parse(argv: list[str] | None = None):
         flags = dataclasses.make_dataclass("Flags", kinds)(*groups)
         try:
             with contextlib.redirect_stderr(io.StringIO()) as box:
-                parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags)
+                parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags, registry=rules)
         except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            lines = [line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:]]  # tyro's frame
-            raise BadInput(re.split(" Argument helptext| For full", " ".join(lines))[0].strip()) from None
+            text = " ".join(line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:])
+            text = re.split(" Argument helptext| For full", text)[0]  # out of tyro's frame
+            raise (BadInput(text) if stop.code else stop) from None
         return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
     values = read(dataclasses.asdict(Args()))
-    if run := values["resume"]:
-        saved = load_checkpoint(Path(run))["args"]
-        same = f"a run of this file as it is now; they differ in {sorted(saved.keys() ^ values.keys())}"
-        require(saved.keys() == values.keys(), "resume", run, same)
-        values = read(saved)
-    elif hasattr(Args, "defaults"):
-        values = read(Args.defaults(values))
-    return Args(**values)
+    run, preset = values["resume"], getattr(Args, "defaults", dict)
+    values = load_checkpoint(Path(run))["args"] if run else preset(values)
+    return Args(**read(dataclasses.asdict(Args()) | values))
 
 
 def main(learn) -> None:
-    def stop(number: int, _) -> None:  # noted: raised anywhere, an exception can break a lock
-        os.write(2, b"stopping; once more to kill\n")
-        SIGNALS.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    sys.path.append(os.getcwd())  # --env-id package.module:Name-v0 finds modules where you stand
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory: mapping it anew costs a tenth of an update
-        ctypes.CDLL(None).mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, as large as glibc allows
+    text = b"stopping; once more to kill\n"  # noted: raised anywhere, an exception can break a lock
+    stop = lambda n, _: (os.write(2, text), SIGNALS.append(n), signal.signal(n, signal.SIG_DFL))
+    sys.path += [os.getcwd(), str(FILE.parents[1])]  # --env-id package.module:Name-v0 finds modules there
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        sys.stdout.reconfigure(errors="replace")  # where a console has no ± it shows a question mark
+        for option, size in ((-1, 1 << 28), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
+            ctypes.CDLL(None).mallopt(option, size)  # mapping freed memory anew costs a tenth of an update
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -1091,5 +1131,5 @@ def main(learn) -> None:
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a notebook's cell calls train itself
     main(train)

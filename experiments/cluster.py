@@ -19,9 +19,8 @@ HERE = str(Path(__file__).resolve().parent)
 
 
 def end_with_parent() -> None:
-    """In a new process: ask Linux for SIGTERM when the process that started it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+    """In a new process on Linux: ask for SIGTERM when the process that started it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
 
 
 def connect(address: str) -> None:
@@ -54,7 +53,7 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int) -> None:
         from cluster import end_with_parent
         from launch import run_alone
 
-        return run_alone(job, preexec_fn=end_with_parent)
+        return run_alone(job, **{"preexec_fn": end_with_parent} if sys.platform == "linux" else {})
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     amounts = {"CPU": needs["num_cpus"], "memory": needs["memory"], "GPU": needs["num_gpus"]}

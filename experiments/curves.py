@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -50,7 +51,8 @@ def name_of(algo: str, args: dict) -> str:
     changed = [n for n, value in args.items() if n not in NOT_SETTINGS and value != defaults.get(n)]
     if "horizon" in args:
         changed = ["horizon", *(n for n in changed if n != "horizon")]
-    return "__".join(f"{name}-{args[name]}" for name in changed).replace("/", "-") or "default"
+    text = "__".join(f"{name}-{args[name]}" for name in changed) or "default"
+    return re.sub("[/:,]", "-", re.sub(r'[{}"\s]', "", text))  # JSON and paths as names of folders
 
 
 def settings_of(folder: Path, algo: str) -> str | None:

@@ -4,8 +4,9 @@
     ./benchmark.sh --suite svg-table-2 --dry-run
     ./benchmark.sh --suite quick --ray auto
 
-What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). --dry-run
-prints the exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own;
+What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). Works from any
+folder: paths are relative to where you stand, and tasks of your own are found there. --dry-run prints the
+exact commands and stops. A suite is a file of such lines, one of experiments/suites/ or your own;
 it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh or with
 flags after --. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its
 arguments agree, so the same line can be given again after a crash, or with more seeds. docs/gpu.md says how
@@ -14,11 +15,12 @@ is complete, 1 when some failed (named, with their logs), 2 for a mistake.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -35,11 +37,23 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN_FLAGS = ("--env-id", "--seed", "--runs-dir", "--num-threads", "--resume")
+SET_HERE = {  # flags of the algorithms that the launcher sets, and how it is told what to
+    "--env-id": "given before the --, as --env-ids",
+    "--seed": "given before the --, as --seeds",
+    "--runs-dir": "given before the --",
+    "--num-threads": "given before the --",
+    "--resume": "left out: unfinished runs are resumed without it",
+}
 SKIPPED = ("finished", "published")
+PATIENCE = 30.0  # seconds that a run has to stop in before it is killed
 
 
 @dataclasses.dataclass
@@ -54,6 +68,7 @@ class Job:
     state: str  # "new", "resumed", "finished" or "published"
     steps: int
     suite: str = ""
+    cwd: Path = dataclasses.field(default_factory=Path.cwd)  # where the user stands
     result: Path | None = None  # its exported evaluations, if they are published
     outcome: str = ""
     seconds: float = 0.0
@@ -85,9 +100,14 @@ def split_flags(extra: list[str]) -> list[list[str]]:
     return groups
 
 
+def option_of(word: str) -> str:
+    """--env_id=value -> --env-id: the algorithms take both spellings."""
+    return word.split("=")[0].replace("_", "-")
+
+
 def has_flag(module, flag: str) -> bool:
     """Whether the file's Args know --flag, --flag=value or --no-flag."""
-    name = flag.split("=")[0].removeprefix("--").replace("-", "_")
+    name = option_of(flag).removeprefix("--").replace("-", "_")
     fields = {field.name for field in dataclasses.fields(module.Args)}
     return name in fields or name.removeprefix("no_") in fields
 
@@ -104,11 +124,11 @@ def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]
     """
     path = Path(name) if name.endswith(".toml") else ROOT / "experiments" / "suites" / f"{name}.toml"
     try:
-        suite = tomllib.loads(path.read_text())
+        suite = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
         known = ", ".join(suite_names())
         raise ValueError(f"--suite {name}: must be a .toml file or one of {known}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of the encoding, too
         raise ValueError(f"--suite {name}: must be valid TOML: {error}") from None
     blocks, lists = suite.get("runs", []), ("algos", "env_ids", "seeds")
     if not (isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)):
@@ -141,6 +161,7 @@ def find_run(runs_dir: Path, algo: str, wanted: dict, any_version: bool = False)
     alone, but with any_version, for those who only read it.
     """
     names = {field.name for field in dataclasses.fields(load(algo).Args)}
+    free = {"runs_dir", "resume", "device" if wanted.get("device") == "auto" else ""}  # auto: any will do
     for folder in sorted(
         runs_dir.glob(f"*__{algo}__*"), key=lambda path: path.name.split("__")[-1], reverse=True
     ):
@@ -149,7 +170,7 @@ def find_run(runs_dir: Path, algo: str, wanted: dict, any_version: bool = False)
         except (OSError, ValueError):
             continue
         saved = record.get("args", {})
-        common = [name for name in wanted if name in saved and name not in ("runs_dir", "resume")]
+        common = [name for name in wanted if name in saved and name not in free]
         if record.get("algo") != algo or any(saved[name] != wanted[name] for name in common):
             continue
         if any_version and wanted.keys() <= saved.keys():
@@ -194,6 +215,16 @@ def published(job: Job) -> Path | None:
     return path if steps[-1] >= job.steps and abs(first - every) < 0.4 * every else None
 
 
+def whole(text: str) -> int:
+    """A whole number as the algorithms read it: 1_000 and 1e3 are one. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer():
+            return int(float(text))
+    raise ValueError(f"{text}: must be a whole number")
+
+
 @functools.cache
 def parsed(algo: str, flags: tuple[str, ...]):
     """The file's Args for these flags, all but the seed: parsing takes its time."""
@@ -220,28 +251,35 @@ def plan(
             raise ValueError(f"--algos {algo}: must be of {known}")
         modules[algo] = load(algo)
     for flag, *_ in groups:
-        if flag.split("=")[0] in OWN_FLAGS:
-            raise ValueError(f"{flag}: must be given before the --")
+        if option_of(flag) in SET_HERE:
+            raise ValueError(f"{flag}: must be left out of the flags: the launcher sets it for every run")
         if not any(has_flag(module, flag) for module in modules.values()):
+            if option_of(flag) in own_options():
+                raise ValueError(f"{flag}: must be given before the --: it is an option of the launcher")
             raise ValueError(f"{flag}: must be a flag of at least one of {', '.join(algos)}")
-    jobs = []
+    try:
+        seeds = list(dict.fromkeys(str(whole(seed)) for seed in seeds))
+    except ValueError as error:
+        raise ValueError(f"--seeds {error}") from None
+    jobs, folder = [], Path("algos") if Path.cwd() == ROOT else ROOT / "algos"
     for seed in seeds:
         for env_id in env_ids:
             for algo, module in modules.items():
                 own = [word for group in groups if has_flag(module, group[0]) for word in group]
                 flags = ["--env-id", env_id, "--seed", seed, "--runs-dir", runs_dir]
                 flags += ["--num-threads", str(threads), *own]
-                if seed.isdecimal():
-                    rest = tuple(word for k, word in enumerate(flags) if k not in (2, 3))
-                    args = dataclasses.replace(parsed(algo, rest), seed=int(seed))
-                else:  # for its message
-                    args = module.parse(flags)
+                plain = parsed(algo, tuple(word for k, word in enumerate(flags) if k not in (2, 3)))
+                try:
+                    args = dataclasses.replace(plain, seed=int(seed))
+                except ValueError as error:
+                    raise ValueError(str(error).replace("--seed ", "--seeds ")) from None
                 settings = re.sub(r"[^\w.]+", "-", " ".join(own)).strip("-")
                 if len(settings) > 60:  # file names have their limits
                     settings = f"{settings[:52]}-{zlib.crc32(settings.encode()):08x}"
                 task = re.sub(r"[^\w.-]+", "-", env_id)
                 name = "__".join([task, algo, seed, *([settings] if settings else [])])
-                command, wanted = [sys.executable, f"algos/{algo}.py", *flags], dataclasses.asdict(args)
+                command = [sys.executable, str(folder / f"{algo}.py"), *flags]
+                wanted = dataclasses.asdict(args)
                 log = Path(runs_dir) / "logs" / f"{name}.log"
                 job = Job(name, algo, wanted, command, log, "new", args.total_timesteps, suite)
                 continue_or_skip(job)
@@ -271,34 +309,61 @@ def steps_done(log: Path) -> int:
     return int(found[-1]) if found else 0
 
 
+def take_lock(path: Path):
+    """The lock of a run, a context manager that lets go of it; None while somebody else holds it.
+
+    With fcntl it is a file that the run inherits: it is held for as long as the run lives, even if its
+    launcher dies. Without, the launcher holds it.
+    """
+    if fcntl is None:
+        from filelock import FileLock, Timeout  # which torch brings
+
+        try:
+            return FileLock(path).acquire(timeout=0)
+        except Timeout:
+            return None
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(path, "w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        stack.pop_all()
+        return lock
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ask a run to stop, and kill one that does not: it goes on from its last checkpoint either way."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
 def run_alone(job: Job, stop=lambda: False, **options) -> int:
     """Carry out one job, after whoever works at it elsewhere, from its last checkpoint; its exit code.
 
-    The lock belongs to the run itself: it is held for as long as the run lives, even if its launcher dies.
     Waits are short, so that stop() and Ray, which interrupts between two of them, end the job soon.
     """
-    with open(job.log.with_suffix(".lock"), "w") as lock, open(job.log, "ab") as log:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stop():
-                    return -signal.SIGTERM
-                time.sleep(0.1)
+    while (lock := take_lock(job.log.with_suffix(".lock"))) is None:
+        if stop():
+            return -signal.SIGTERM
+        time.sleep(0.1)
+    with lock, open(job.log, "ab") as log:
         continue_or_skip(job)
         if job.state == "finished":
             return 0
-        log.write(f"$ {shlex.join(job.command)}\n".encode())
+        log.write(os.fsencode(f"$ {shlex.join(job.command)}\n"))
         log.flush()
-        options |= {"stdout": log, "stderr": log, "cwd": ROOT, "pass_fds": [lock.fileno()]}
+        options |= {"stdout": log, "stderr": log, "cwd": job.cwd}
+        options |= {"pass_fds": [lock.fileno()]} if fcntl else {}
         process = subprocess.Popen(job.command, **options)
         try:
             while process.poll() is None and not stop():
                 time.sleep(0.1)
         finally:
-            if process.poll() is None:
-                process.terminate()
+            end(process)
         return process.wait()
 
 
@@ -435,8 +500,7 @@ def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_a
     try:
         (Path(runs_dir) / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"error: --runs-dir {runs_dir}: must be writable: {error.strerror}", file=sys.stderr)
-        return 2
+        return mistake(f"--runs-dir {runs_dir}: must be writable: {error.strerror}")
     try:
         run_all(todo) if run_all else execute(todo, workers)
     except KeyboardInterrupt:
@@ -485,66 +549,121 @@ def report_on(jobs: list[Job], suite: str, runs_dir: str) -> None:
     print(f"report: {out / 'report.md'}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are a line in the words of the algorithms."""
+
+    def error(self, message: str):
+        name, _, what = message.removeprefix("argument ").partition(": ")
+        what = what.replace("expected one argument", "must be followed by a value")
+        self.exit(mistake(f"{name} {what}" if ": must be" in what else f"{name}: {what}"))
+
+
+def mistake(text: object) -> int:
+    """Say it in one line; returns the exit code."""
+    print("error:", " ".join(str(text).splitlines()), file=sys.stderr)
+    return 2
+
+
+def at_least(low: int, read=whole):
+    """A reader of such numbers for argparse, which puts the option's name before what is wrong."""
+
+    def number(text: str):
+        try:
+            value = read(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            kind = "whole number" if read is whole else "number"
+            raise argparse.ArgumentTypeError(f"{text}: must be a {kind}, at least {low}")
+        return value
+
+    return number
+
+
+def command_line() -> Parser:
+    """The launcher's options, all that stands before the --."""
+    parser = Parser(
+        prog="benchmark.sh",
+        usage="%(prog)s [options] [-- flags for the algorithms]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))
+    add, count, amount = parser.add_argument, at_least(1), at_least(0, float)
+    add("--algos", type=split, help="files of algos/ (default: sac,sac_mve)")
+    add("--env-ids", type=split, help="Gymnasium ids (default: InvertedPendulum-v5)")
+    add("--seeds", type=split, help="(default: 1,2,3)")
+    add("--suite", help="instead of these three: a file of experiments/suites/, or a path")
+    add("--fresh", action="store_true", help="run what docs/results/<suite>/ has, too")
+    add("--workers", type=count, default=os.cpu_count(), help="runs at a time (default: all cores)")
+    add("--num-threads", type=count, default=1, help="CPU threads of each run (default: 1)")
+    add("--threads", type=count, dest="num_threads", help=argparse.SUPPRESS)  # a second spelling
+    add("--runs-dir", default="runs", help="parent of the run folders (default: runs)")
+    add("--dry-run", action="store_true", help="print the commands and stop")
+    add("--ray", metavar="ADDRESS", help="auto or the address of a Ray cluster: run there")
+    add("--memory", type=amount, default=1.0, help="GB of each run, for --ray (default: 1)")
+    add("--gpus", type=amount, default=0.0, help="GPUs of each run, as 0.25, for --ray")
+    add("--retries", type=at_least(0), default=5, help="of a run whose node dies, for --ray")
+    return parser
+
+
+@functools.cache
+def own_options() -> set[str]:
+    names = vars(command_line().parse_args([]))
+    return {"--help", "--threads", *(f"--{name.replace('_', '-')}" for name in names)}
+
+
+def read_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's options and the algorithms' flags. Raises ValueError for what is on the wrong side."""
+    dashes = words.index("--") if "--" in words else len(words)
+    args, unknown = command_line().parse_known_args(words[:dashes])
+    if unknown:
+        other = "given after --, as all flags of the algorithms, or be one that --help lists"
+        raise ValueError(f"{unknown[0]}: must be {SET_HERE.get(option_of(unknown[0]), other)}")
+    extra = words[dashes + 1 :]
+    for flag, *_ in split_flags(extra):
+        if option_of(flag) in SET_HERE:
+            raise ValueError(f"{flag}: must be {SET_HERE[option_of(flag)]}")
+    return args, extra
+
+
+def main() -> int:
+    for stream in (sys.stdout, sys.stderr):  # what a console cannot show is a question mark there
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     defaults = {"algos": ["sac", "sac_mve"], "env_ids": ["InvertedPendulum-v5"], "seeds": ["1", "2", "3"]}
-    parser.add_argument("--algos", type=split, help="files of algos/ (default: sac,sac_mve)")
-    parser.add_argument("--env-ids", type=split, help="Gymnasium ids (default: InvertedPendulum-v5)")
-    parser.add_argument("--seeds", type=split, help="(default: 1,2,3)")
-    parser.add_argument("--suite", help="instead of these three: a file of experiments/suites/, or a path")
-    parser.add_argument("--fresh", action="store_true", help="run what docs/results/<suite>/ has, too")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="runs at a time (default: all cores)"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
-    parser.add_argument("--runs-dir", default="runs", help="parent of the run folders (default: runs)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
-    parser.add_argument("--ray", metavar="ADDRESS", help="auto or the address of a Ray cluster: run there")
-    parser.add_argument("--memory", type=float, default=1.0, help="GB of each run, for --ray (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run, as 0.25, for --ray")
-    parser.add_argument("--retries", type=int, default=5, help="of a run whose node dies, for --ray")
-    parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for the algorithms")
-    args = parser.parse_args()
     try:
+        args, extra = read_line(sys.argv[1:])
         block = {name: getattr(args, name) for name in defaults}
         if [] in block.values():
             raise ValueError("--algos, --env-ids, --seeds: must not be empty")
-        if args.workers < 1:
-            raise ValueError(f"--workers {args.workers}: must be at least 1")
-        for name in ("memory", "gpus", "retries"):
-            if getattr(args, name) < 0:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 0")
         if args.ray and importlib.util.find_spec("ray") is None:
             raise ValueError(f"--ray {args.ray}: must be left out without Ray: pip install -e '.[cluster]'")
         runs_dir = str(Path(args.runs_dir).resolve())
         if args.suite:
             if any(block.values()):
                 raise ValueError(f"--suite {args.suite}: must be alone, without --algos, --env-ids, --seeds")
-            about, jobs = suite_jobs(args.suite, runs_dir, args.threads, args.extra, args.fresh)
+            about, jobs = suite_jobs(args.suite, runs_dir, args.num_threads, extra, args.fresh)
             print(about)
         else:
             parts = [value or defaults[name] for name, value in block.items()]
-            jobs = plan(*parts, runs_dir, args.threads, args.extra)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            jobs = plan(*parts, runs_dir, args.num_threads, extra)
+    except (ValueError, OSError) as error:
+        return mistake(error)
     run_all = None
     try:
         if args.ray and not args.dry_run:
             from cluster import connect, execute_on_ray
 
             connect(args.ray)
-            needs = {"num_cpus": args.threads, "memory": int(args.memory * 1e9), "num_gpus": args.gpus}
+            needs = {"num_cpus": args.num_threads, "memory": int(args.memory * 1e9), "num_gpus": args.gpus}
             run_all = functools.partial(execute_on_ray, needs=needs, retries=args.retries)
         code = carry_out(jobs, runs_dir, args.workers, args.dry_run, run_all)
         if args.suite and not args.dry_run and code < 2:
             report_on(jobs, Path(args.suite).stem, runs_dir)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     return code
 
 

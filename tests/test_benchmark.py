@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,17 +33,17 @@ EXTRA = words(TINY)
 EXTRA_MODEL = words({name: value for name, value in sizes("sac_mve").items() if name not in TINY})
 
 
-def start(*flags: object, **options) -> subprocess.Popen:
+def start(*flags: object, root: Path = ROOT, cwd: Path | str = "/") -> subprocess.Popen:
     """./benchmark.sh with this interpreter."""
     environment = {**os.environ, "PYTHON": sys.executable}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
-        [ROOT / "benchmark.sh", *map(str, flags)], env=environment, cwd="/", **pipes, **options
+        [root / "benchmark.sh", *map(str, flags)], env=environment, cwd=cwd, encoding="utf-8", **pipes
     )
 
 
-def benchmark(*flags: object) -> tuple[int, str, str]:
-    process = start(*flags)
+def benchmark(*flags: object, **where) -> tuple[int, str, str]:
+    process = start(*flags, **where)
     out, error = process.communicate(timeout=300)
     return process.returncode, out, error
 
@@ -61,9 +62,68 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
     assert len(commands) == 12 and out.splitlines()[-1] == "12 runs, 0 finished"
     for command in commands:
         assert command[0] == sys.executable
-        assert ("--horizon" in command) == (command[1] == "algos/sac_mve.py")  # only to files that have it
+        assert command[1] in (str(ROOT / "algos" / "sac.py"), str(ROOT / "algos" / "sac_mve.py"))
+        assert ("--horizon" in command) == command[1].endswith("mve.py")  # only to files that have it
     assert len({tuple(command) for command in commands}) == 12
     assert not (tmp_path / "runs").exists()
+
+
+def test_works_from_any_folder(tmp_path, monkeypatch):
+    """A project whose path has umlauts and spaces, started elsewhere: tasks are found in both places and on
+    PYTHONPATH, runs come where one stands, and a printed command does what it says."""
+    root, here, more = tmp_path / "Füße & Köpfe", tmp_path / "wo ich stehe", tmp_path / "Päckchen"
+    for name in ("algos", "experiments"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "benchmark.sh", root)
+    for folder in (here, more):
+        folder.mkdir()
+    (here / "odd_tasks.py").write_text("import more_tasks")
+    shutil.copy(ROOT / "tests" / "tasks.py", more / "more_tasks.py")
+    monkeypatch.setenv("PYTHONPATH", str(more))
+    flags = ["--algos", "sac", "--env-ids", "experiments.suites:poplin/Hopper-v0,odd_tasks:Cliff-v0"]
+    flags += ["--seeds", 1, "--runs-dir", "läufe"]
+    extra = ["--", *EXTRA, "--eval-every", 300, "--env-kwargs", '{"max_episode_steps": 9}']
+    code, out, _ = benchmark(*flags, "--dry-run", *extra, root=root, cwd=here)
+    commands = [line.removeprefix("new ").strip() for line in out.splitlines()[:-1]]
+    assert code == 0 and [shlex.split(command)[1] for command in commands] == [f"{root}/algos/sac.py"] * 2
+    subprocess.run(commands[1], shell=True, cwd=here, check=True, capture_output=True)
+    code, out, error = benchmark(*flags, *extra, root=root, cwd=here)
+    assert code == 0, error
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["new", "finished"]
+    found = folders(here / "läufe")
+    assert len(found) == 2 and all((folder / "final.pt").exists() for folder in found)
+    assert (found[0] / "eval.csv").read_text().splitlines()[-1].split(",")[3] == "9.0"  # length_mean
+    assert sorted(path.name for path in root.iterdir()) == ["algos", "benchmark.sh", "experiments"]
+
+
+def test_a_console_without_umlauts(tmp_path, monkeypatch):
+    """It shows question marks; nothing else happens."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    flags = ["--algos", "sac", "--seeds", 1, "--runs-dir", tmp_path / "läufe"]
+    code, out, error = benchmark(*flags, "--dry-run")
+    assert (code, error) == (0, "") and "l?ufe" in out
+    code, _, error = benchmark(*flags, "--algos", "ö")
+    assert code == 2 and error.startswith("error: --algos ?: must be of")
+
+
+def test_env_kwargs_reach_the_runs_unharmed(tmp_path):
+    """From a suite's flags, through a shell, in the names of files; and a run is found by them."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    suite, kwargs = tmp_path / "mine.toml", '{"goal": "a/b", "speed": -1.5}'
+    block = "[[runs]]\nalgos = ['sac']\nenv_ids = ['Pendulum-v1']\nseeds = [1]\n"
+    suite.write_text(block + f'flags = """--env-kwargs \'{kwargs}\'"""\n')
+    _, (job,) = launch.suite_jobs(str(suite), str(tmp_path / "runs"), 1, [])
+    assert job.wanted["env_kwargs"] == shlex.split(shlex.join(job.command))[-1] == kwargs
+    assert job.log.name == "Pendulum-v1__sac__1__env-kwargs-goal-a-b-speed-1.5.log"
+    assert launch.place_of(job) == "Pendulum-v1/sac/env_kwargs-goal-a-b-speed--1.5"
+    folder = tmp_path / "runs" / "Pendulum-v1__sac__1__20260101-000000-000000"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"algo": "sac", "args": job.wanted}))
+    (folder / "checkpoint.pt").write_bytes(b"")
+    for asked, state in ((kwargs, "resumed"), ('{"speed": -1.5}', "new")):
+        flags = ["--env-kwargs", asked]
+        (job,) = launch.plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path / "runs"), 1, flags)
+        assert job.state == state
 
 
 def test_runs_all_then_skips_all(tmp_path):
@@ -127,25 +187,99 @@ def test_failed_run_among_good_ones_is_named(tmp_path):
     assert "LateNan" in line and "must be finite in float32, got inf" in Path(line.split()[-1]).read_text()
 
 
+@pytest.fixture
+def launcher(monkeypatch, capsys):
+    """main of the launcher in this process: its exit code, stdout and stderr."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+
+    def main(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
+        try:
+            code = launch.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return main
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--algos", "sac,ppo"], "--algos ppo: must be of ddpg, "),
-        (["--workers", 0], "--workers 0: must be at least 1"),
-        (["--seeds", "1,x"], "--seed"),
+        (["--workers", 0], "--workers 0: must be a whole number, at least 1"),
+        (["--seeds", "1,x"], "--seeds x: must be a whole number"),
         (["--seeds", ","], "must not be empty"),
-        (["--", "--seed", 3], "--seed: must be given before the --"),
+        (["--", "--seed", 3], "--seed: must be given before the --, as --seeds"),
         (["--algos", "sac", "--", "--horizon", 3], "--horizon: must be a flag of at least one of sac"),
         (["--", "3"], "3: must be a flag"),
         (["--", "--gamma", 2], "--gamma 2.0: must be in [0, 1]"),
         (["--", "--batch-size", 2000], "--batch-size 2000: must be at most --learning-starts 1000"),
     ],
 )
-def test_mistake_is_one_line(flags, expected, tmp_path):
-    code, out, error = benchmark("--runs-dir", tmp_path / "runs", *flags)
+def test_mistake_is_one_line(flags, expected, tmp_path, launcher):
+    code, out, error = launcher("--runs-dir", tmp_path / "runs", *flags)
     assert (code, out) == (2, "")
     assert len(error.strip().splitlines()) == 1 and error.startswith("error: ") and expected in error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--horizon 3", "--horizon: must be given after --, as all flags of the algorithms"),
+        ("--horizon=3 --seeds 1", "--horizon=3: must be given after --"),
+        ("--env-id x", "--env-id: must be given before the --, as --env-ids"),
+        ("--seed 1", "--seed: must be given before the --, as --seeds"),
+        ("--resume x", "--resume: must be left out"),
+        ("--work 1", "--work: must be given after --"),  # no abbreviations
+        ("--seeds 1 sac", "sac: must be given after --"),
+        ("-- --env-id x", "--env-id: must be given before the --, as --env-ids"),
+        ("-- --env_id=x", "--env_id=x: must be given before the --, as --env-ids"),
+        ("-- --runs-dir x", "--runs-dir: must be given before the --"),
+        ("-- --num-threads 2", "--num-threads: must be given before the --"),
+        ("-- --resume x", "--resume: must be left out"),
+        *((f"-- --gamma 1 --{name} 1", f"--{name}: must be given before the --: it is an option of the")
+          for name in ("algos", "env-ids", "seeds", "suite", "workers", "threads", "dry-run", "ray", "help")),
+        *((f"--{name} {value}", f"--{name} {value}: must be a whole number, at least {low}")
+          for name, low in (("workers", 1), ("num-threads", 1), ("threads", 1), ("retries", 0))
+          for value in ("x", "-1", "1.5", "1e999")),
+        ("--memory nan", "--memory nan: must be a number, at least 0"),
+        ("--workers", "--workers: must be followed by a value"),
+        ("--runs-dir --dry-run", "--runs-dir: must be followed by a value"),
+        ("--dry-run=3", "--dry-run: ignored explicit argument '3'"),
+        ("--num-threads 5000", "--num-threads 5000: must be in [1, 1024]"),
+        ("--seeds 1,2.5", "--seeds 2.5: must be a whole number"),
+        ("--seeds -1", "--seeds -1: must be in [0, "),
+    ],
+)  # fmt: skip
+def test_what_is_given_wrongly_is_one_line(line, expected, launcher):
+    """It says what to do instead: on the other side of the --, under another name, or not at all."""
+    code, out, error = launcher(*line.split())
+    assert (code, out) == (2, "") and error.startswith(f"error: {expected}") and error.count("\n") == 1
+
+
+def test_paths_are_those_of_where_one_stands(launcher, tmp_path, monkeypatch):
+    block = '[[runs]]\nalgos = ["sac"]\nenv_ids = ["Pendulum-v1"]\nseeds = [1]\n'
+    (tmp_path / "süß.toml").write_text(f'about = "Füße"\n{block}', "utf-8")
+    _, out, _ = launcher("--algos", "sac", "--seeds", 1, "--dry-run")
+    assert f" algos/sac.py --env-id InvertedPendulum-v5 --seed 1 --runs-dir {ROOT / 'runs'} " in out
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = launcher("--suite", "süß.toml", "--runs-dir", "läufe", "--dry-run")
+    assert code == 0 and out.startswith("Füße\n")
+    assert f" {ROOT / 'algos' / 'sac.py'} --env-id" in out and f"--runs-dir '{tmp_path / 'läufe'}'" in out
+
+
+def test_options_are_spelt_as_in_the_files(launcher):
+    """Numbers as well: a seed that is written in two ways is one run."""
+    for option in ("--num-threads", "--threads"):
+        code, out, _ = launcher("--algos", "sac", "--seeds", "1_0,010,1e1,3", option, 3, "--dry-run")
+        assert code == 0 and re.findall(r"--seed (\S+) .* --num-threads (\S+)", out) == [
+            ("10", "3"),
+            ("3", "3"),
+        ]
+    code, out, _ = launcher("--help")
+    assert code == 0 and "--num-threads" in out and "--threads" not in out.replace("--num-threads", "")
 
 
 SUITES = sorted(path.stem for path in (ROOT / "experiments" / "suites").glob("*.toml"))
@@ -216,8 +350,8 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()
     folder = finished("sac", runs)
-    plan = lambda: launch.plan(["sac"], [TINY["env-id"]], ["1"], str(runs), 1, EXTRA)[0].state
-    assert plan() == "finished"
+    plan = lambda extra=EXTRA: launch.plan(["sac"], [TINY["env-id"]], ["1"], str(runs), 1, extra)[0].state
+    assert plan() == plan(EXTRA[:-2]) == "finished" and EXTRA[-2] == "--device"  # auto is where it ran
     (folder / "final.pt").unlink()
     assert plan() == "resumed"
     (folder / "checkpoint.pt").rename(folder / "checkpoint.previous.pt")  # killed between two renames
@@ -348,6 +482,44 @@ def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
     assert process.returncode == 143 and folders(tmp_path / "runs") == []
 
 
+def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    """It ignores SIGTERM: the launcher waits for a while, not for ever."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    (tmp_path / "logs").mkdir()
+    (job,) = launch.plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path), 1, [])
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); "
+    job.command = [sys.executable, "-c", deaf + "time.sleep(60)"]
+    heard = lambda: job.log.exists() and job.log.read_text().endswith("\ndeaf\n")
+    assert launch.run_alone(job, heard) == -signal.SIGKILL
+
+
+def test_without_fcntl(tmp_path, monkeypatch):
+    """As on Windows: the launcher itself holds the lock, and asks for nothing that Popen has not there."""
+    script = f"""
+import subprocess, sys
+sys.modules["fcntl"] = None
+sys.path.insert(0, {str(ROOT / "experiments")!r})
+import launch
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **options):
+        assert not {{"pass_fds", "preexec_fn"}} & options.keys()
+        super().__init__(*words, **options)
+subprocess.Popen = Popen
+sys.exit(launch.main())"""
+    flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", 1]
+    flags += ["--runs-dir", tmp_path / "runs", "--", *EXTRA]
+    command = [sys.executable, "-c", script, *map(str, flags)]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "1 runs, 1 complete, 0 failed" in done.stdout, done.stderr
+
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    monkeypatch.setattr(launch, "fcntl", None)
+    with launch.take_lock(tmp_path / "a.lock"):
+        assert launch.take_lock(tmp_path / "a.lock") is None
+    assert launch.take_lock(tmp_path / "a.lock")
+
+
 def test_logs_that_cannot_be_written_fail_their_runs_alone(tmp_path):
     """A folder where one log should be, another on a full device: both named, the third run complete."""
     launch = load("launch", ROOT / "experiments" / "launch.py")
@@ -378,7 +550,7 @@ def test_suite_of_ones_own(tmp_path):
     suite.write_text(text + 'flags = "--horizon 2"\n')
     flags = ("--suite", suite, "--runs-dir", tmp_path / "runs", "--dry-run", "--", "--gamma", "0.5")
     _, out, _ = benchmark(*flags)
-    lines = [line.split("algos/")[1] for line in out.splitlines() if line.startswith("new ")]
+    lines = [line.split("/algos/")[1] for line in out.splitlines() if line.startswith("new ")]
     assert lines[0].startswith("sac.py --env-id Pendulum-v1 --seed 4") and "--horizon" not in lines[0]
     assert lines[1].startswith("sac_mve.py") and "--horizon 2 --gamma 0.5" in lines[1] and len(lines) == 2
     assert not (tmp_path / "runs").exists()

@@ -32,7 +32,7 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-def start(cluster, runs_dir, seeds: str, *flags: object, extra=()) -> subprocess.Popen:
+def start(cluster, runs_dir, seeds: str, *flags: object, extra=(), cwd="/") -> subprocess.Popen:
     command = [ROOT / "benchmark.sh", "--ray", cluster.address, "--memory", 0.1, "--runs-dir", runs_dir]
     command += [
         "--algos",
@@ -48,7 +48,7 @@ def start(cluster, runs_dir, seeds: str, *flags: object, extra=()) -> subprocess
     ]
     environment = {**os.environ, "PYTHON": sys.executable}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, command)), env=environment, cwd="/", **pipes)
+    return subprocess.Popen(list(map(str, command)), env=environment, cwd=cwd, **pipes)
 
 
 def both_begun(process, runs_dir, limit: float = 120) -> None:
@@ -65,20 +65,26 @@ def both_begun(process, runs_dir, limit: float = 120) -> None:
 
 @long
 def test_a_node_dies_and_nothing_is_lost(cluster, tmp_path):
-    """Six runs on two nodes, one killed in the middle: all complete, none twice, the same bits as without."""
-    process = start(cluster, tmp_path, "1,2,3,4,5,6")
-    both_begun(process, tmp_path)  # whichever node dies, what it runs can be resumed
+    """Six runs on two nodes, one killed in the middle: all complete, none twice, the same bits as without.
+
+    Their task is one of the folder in which the launcher was started.
+    """
+    here, runs = tmp_path / "here", tmp_path / "runs"
+    here.mkdir()
+    (here / "odd_tasks.py").write_text("import tests.tasks")
+    process = start(cluster, runs, "1,2,3,4,5,6", "--env-ids", "odd_tasks:Cliff-v0", cwd=here)
+    both_begun(process, runs)  # whichever node dies, what it runs can be resumed
     cluster.remove_node(cluster.nodes[0], allow_graceful=False)
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, out + error
     assert "6 runs, 6 complete, 0 failed" in out
-    folders = [path for path in tmp_path.iterdir() if path.name != "logs"]
+    folders = [path for path in runs.iterdir() if path.name != "logs"]
     assert len(folders) == 6 and all((folder / "final.pt").exists() for folder in folders)
     for seed in (1, 2, 6):
         (folder,) = (path for path in folders if f"__sac__{seed}__" in path.name)
-        alone = run("sac", tmp_path / "alone", "--seed", seed, *FLAGS)
-        assert differing(alone / "final.pt", folder / "final.pt") == []
-    logs = [path.read_text() for path in (tmp_path / "logs").glob("*.log")]
+        alone = run("sac", runs / "alone", "--seed", seed, *FLAGS)
+        assert differing(alone / "final.pt", folder / "final.pt", "/args/env_id") == []
+    logs = [path.read_text() for path in (runs / "logs").glob("*.log")]
     starts = sum(text.count("$ ") for text in logs)
     assert starts >= 7 and sum("--resume" in text for text in logs) >= 1  # what the dead node had was resumed
 

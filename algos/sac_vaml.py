@@ -762,6 +762,7 @@ def check(args) -> None:  # types, ranges in their annotation, and one against a
 def prepare(args) -> torch.device:  # and threads, seed and determinism as the arguments say
     cuda = args.device != "cpu" and torch.cuda.is_available()
     require(cuda or args.device != "cuda", "device", "cuda", "auto or cpu here: torch finds no CUDA device")
+    WARNED.clear()
     torch.set_num_threads(args.num_threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
@@ -775,7 +776,7 @@ def available_memory(device: torch.device) -> float:  # in bytes
         return torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
         return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**62
 
 
 def finite(name: str, value, error=BadInput, size: int | None = None) -> np.ndarray:  # float32, or the error
@@ -853,8 +854,7 @@ def make_env(env_id: str, env_kwargs: str = "{}", video_dir: Path | None = None,
     env = gym.wrappers.TransformAction(env, fit, Box(low, high, dtype=box.dtype))
     env = Boundary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     if not raw:
-        flat = isinstance(space, Box)
-        require(flat, "env_id", env_id, f"with Box observations; FlattenObservation makes one of {space}")
+        require(isinstance(space, Box), "env_id", env_id, f"with Box observations, not {space} (flatten it)")
         env.observation_space = Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
         see = lambda obs: finite("the task's observation", obs, size=math.prod(space.shape))
         env.see = lambda obs: see(obs).flatten()  # a copy: tasks may reuse their array

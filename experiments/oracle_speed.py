@@ -42,7 +42,7 @@ def measure(env_id: str, batch: int, threads: int, rounds: int) -> tuple[float, 
     rows, action = np.array(rows), rng.uniform(-1, 1, (batch, *env.action_space.shape)).astype(np.float32)
     model, skip, full = simulator.model, env.unwrapped.frame_skip, simulator.full
     state, warm = rows[:, :full].copy(), rows[:, full : full + model.nv].copy()
-    control = np.repeat(simulator.copy.func(action)[:, None].astype(float), skip, 1)
+    control = np.repeat(simulator.copy.env.func(action)[:, None].astype(float), skip, 1)
     datas = [mujoco.MjData(model) for _ in range(threads)]
     pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
     bare, query = [], []

@@ -103,10 +103,10 @@ def flat(value, prefix=""):
 
 
 def differing(first: Path, second: Path, *ignore: str) -> list[str]:
-    """Names of all leaves that differ between two checkpoints; wall times and folders never count."""
+    """Names of all leaves that differ between two checkpoints; times, folders, versions never count."""
     states = [dict(flat(torch.load(path, weights_only=True))) for path in (first, second)]
     names = {n for state in states for n in state}
-    skip = ("/seconds", "/args/runs_dir", *ignore)
+    skip = ("/seconds", "/args/runs_dir", "/history", *ignore)
     found = []
     for name in sorted(name for name in names if not any(part in name for part in skip)):
         a, b = (state.get(name) for state in states)

@@ -471,7 +471,7 @@ def test_what_fails_in_a_task_is_raised(threads, monkeypatch):
 
     monkeypatch.setattr(m.TorqueBall, "step", fail)
     envs = m.make_goal_envs("TorqueBall-v0", 3, threads)
-    with pytest.raises(OSError, match="no simulator"):
+    with pytest.raises(m.BadInput, match="no simulator"):
         m.play(envs, BALL, 0, 1, lambda *_: np.zeros((3, 2), np.float32))
 
 
@@ -712,7 +712,7 @@ NUMBERS += [("--agg", "mean"), ("--agg", "last"), ("--agg", "min-all"), ("--memb
 NUMBERS += [("--members", 2), ("--model-steps", 1), ("--model-layers", 1), ("--model-hidden", 12)]
 NUMBERS += [("--model-lr", 1e-2), ("--model-batch", 12), ("--model-updates", 2), ("--model-warm-up", 9)]
 NUMBERS += [("--model-ready", 0), ("--model-updates", 0)]
-LOOP = "env_id total_timesteps eval_every eval_episodes checkpoint_every runs_dir resume device"
+LOOP = "env_id env_kwargs total_timesteps eval_every eval_episodes checkpoint_every runs_dir resume device"
 LOOP += " num_threads env_threads preset cuda_graphs"
 
 

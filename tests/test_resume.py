@@ -275,8 +275,8 @@ def test_checkpoint_holds_everything(stepwise, finished, tmp_path):
     state = torch.load(finished(stepwise, tmp_path) / "checkpoint.pt", weights_only=True)
     agent = state["agent"]
     assert set(agent) == HELD[stepwise]
-    meta = {"format", "algo", "args", "step", "episode", "rows", "seconds"}
-    assert set(state) == meta | {"agent", "buffer", "torch_rng", "cuda_rng", "task_rng"}
+    meta = {"format", "algo", "args", "step", "episode", "rows", "seconds", "history"}
+    assert set(state) == meta | {"agent", "sizes", "buffer", "torch_rng", "cuda_rng", "task_rng"}
     online, target = (agent[name]["layers.0.weight"] for name in ("critic", "critic_target"))
     assert not torch.equal(online, target)
     for name in (name for name in agent if name.endswith("optimizer")):

@@ -402,7 +402,7 @@ def check(args) -> None:  # types, ranges in their annotation, and one against a
             for low, high in parts[1:]:
                 allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
                 require(low <= value <= high and value < math.inf, name, value, allowed)
-    batch, warm_up, total = args.batch_size, args.learning_starts, args.total_timesteps
+    batch, warm_up, total = getattr(args, "batch_size", 1), args.learning_starts, args.total_timesteps
     require(batch <= warm_up, "batch_size", batch, f"at most --learning-starts {warm_up}")
     require(warm_up < total, "learning_starts", warm_up, f"below --total-timesteps {total}")
     require(batch <= args.buffer_size, "buffer_size", args.buffer_size, f"at least --batch-size {batch}")
@@ -511,7 +511,7 @@ def make_env(env_id: str, env_kwargs: str = "{}", video_dir: Path | None = None,
 
 
 def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
-    return getattr(agent, "begin_episode", int)() or env.reset(seed=seed)[0]  # of an agent that remembers
+    return (getattr(agent, "begin_episode", int)(), env.reset(seed=seed)[0])[1]  # told if it remembers
 
 
 def captured(method):  # as CUDA graphs, one a signature; it reads no tensor, and overwrites what it returned
@@ -700,7 +700,7 @@ def load(run_dir: str | Path, device: str = "cpu"):
 
 
 def load_checkpoint(run_dir: Path, *better: str) -> dict:  # BadInput if damaged, foreign or none
-    names = [*better, "checkpoint.pt", "checkpoint.previous.pt"]  # the last if killed between two renames
+    names = [*better, "checkpoint.pt", "checkpoint.previous.pt", "final.pt"]  # killed between two renames
     path = next((run_dir / name for name in names if (run_dir / name).exists()), run_dir / names[-1])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code

@@ -101,7 +101,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("versions forgotten", 'self.history = saved["history"] + [', "self.history = [", HABITS),
     ("half a checkpoint left on a full disk", "temporary.unlink(missing_ok=True)", "pass", HABITS),
     ("a loaded agent is a new one", 'agent.load_state_dict({name: part for name, part in saved["agent"]', "agent.load_state_dict({name: part for name, part in {}", AFTER),
-    ("agents not told of episodes", 'getattr(agent, "begin_episode", int)() or ', "", ACTING),
+    ("agents not told of episodes", 'getattr(agent, "begin_episode", int)(), ', "None, ", ACTING),
     ("evaluation disturbs what is remembered", "agent.load_state_dict(kept)", "pass", ACTING),
     ("evaluation draws from training's generator", "with torch.random.fork_rng([agent.device] if agent.device.type == \"cuda\" else []):", "with contextlib.nullcontext():", ACTING),
     ("retrace: one step of the window too many", "windows(buffer, at, horizon + 1)", "windows(buffer, at, horizon + 2)", RETRACE),

@@ -52,6 +52,11 @@ class TwoRewards(Point):
 class Endless(Point):
     """Never ends, and is registered without a limit."""
 
+    def pay(self, action):
+        if self.taken > 200_000:
+            raise RuntimeError("somebody should have ended this")
+        return super().pay(action)
+
 
 class WholeNumbers(Point):
     """Declares whole numbers, observes fractions."""

@@ -9,10 +9,17 @@ MuJoCo itself, so that the target has no model error at all and only the horizon
     y_t = r̂_t + γ (1 − d̂_t) (y_{t+1} − α log π(â_{t+1}|ŝ_{t+1})),   t = H−1 .. 0                (1b)
     y   = r + γ (1 − d) (y_0 − α log π(â_0|ŝ_0))                                                (1c)
 
-(2), (3), (4), (5) are sac.py's, (8) is the optional TD-k loss of sac_mve.py. H = 0 is sac.py bit for bit and
-needs no simulator. The replay also keeps the simulator's state after each step: float64, with the solver's
-warm start, because float32 would already be a model error of 1e-7 to 3e-4. Ten Gymnasium tasks are served by
-batched formulas, any other task on MuJoCo by a private copy that is restored and stepped: docs/sac_ove.md.
+(2), (3), (4), (5) are sac.py's, (8) is the optional TD-k loss of sac_mve.py. --actor-horizon K lets the
+actor look ahead too, beside the critics or alone (--horizon 0): (3) becomes the objective of sac_svg_h.py
+with a perfect model, whose derivatives are differences of simulated steps:
+
+    L_π = −mean (y_0 − α log π(â_0|ŝ_0)) / (K + 1),   y_K = min_i Q_i(ŝ_K, â_K),  y_t as in (1b)   (3a)
+    ∂(ŝ_{t+1}, r̂_t) / ∂(ŝ_t, â_t)_k = (simulator((ŝ_t, â_t) + ε e_k) − simulator(ŝ_t, â_t)) / ε     (3b)
+
+H = K = 0 is sac.py bit for bit and needs no simulator. The replay also keeps the simulator's state after each
+step: float64, with the solver's warm start, because float32 would already be a model error of 1e-7 to 3e-4.
+Ten Gymnasium tasks are served by batched formulas, any other task on MuJoCo by a private copy that is
+restored and stepped: docs/sac_ove.md.
 
     python algos/sac_ove.py --horizon 3
     python algos/sac_ove.py --horizon 5 --env-id Hopper-v5 --total-timesteps 50_000 --learning-starts 5_000
@@ -105,6 +112,8 @@ class OracleExpansion:
     horizon: Natural = 3  # imagined steps H of the critic target; 0 is sac.py (the paper studies 0 to 30)
     num_particles: Count = 1  # imagined trajectories averaged per target (the paper's ablation)
     tdk: bool = False  # TD-k trick: regress the critics at imagined pairs too (Feinberg et al. 2018)
+    actor_horizon: Natural = 0  # simulated steps K of the actor's objective, with their gradient; 0: sac.py's
+    actor_batch: Count = 32  # states from which the actor looks ahead; a step costs x + m + 1 of each (ours)
     diagnose_every: Count = 500  # steps between comparisons of all horizons; a multiple of log_every (ours)
 
 
@@ -116,6 +125,8 @@ class Args(Run, SAC, OracleExpansion):
         check(self)
         logged = self.diagnose_every % self.log_every == 0
         require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
+        fits = self.actor_horizon == 0 or self.actor_batch <= self.batch_size
+        require(fits, "actor_batch", self.actor_batch, f"at most --batch-size {self.batch_size}")
 
 
 class StackedLinear(nn.Module):
@@ -374,12 +385,16 @@ class Simulator:
         if self.task is None:
             results = [self.step_copy(*pair) for pair in zip(rows, action, strict=True)]
             return tuple(np.stack(column) for column in zip(*results, strict=True))
-        bounds = self.copy.env.env.action_space
-        units = np.clip(self.copy.env.func(action), bounds.low, bounds.high)  # as make_env does
+        units = self.in_units(action)
         after, field = (self.step_each if self.task.fields else self.roll_out)(rows, units)
         (qpos, qvel), before = self.split(after), self.split(rows)[0]
         step = Step(before, rows[:, self.full + qvel.shape[1] :], qpos, qvel, units, field)
         return after, *self.task.formulas(self.copy.unwrapped, step)
+
+    def in_units(self, action: np.ndarray) -> np.ndarray:
+        """Actions [.., m] in [−1, 1] as make_env gives them to the task, but in their own precision."""
+        bounds = self.copy.env.env.action_space
+        return np.clip(self.copy.env.func(action), bounds.low, bounds.high)
 
     def split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions [B, nq] and velocities [B, nv]; time comes first."""
@@ -432,8 +447,33 @@ class Simulator:
         for array in (getattr(data, name) for name in LAGGED):
             array[...] = row[at : at + array.size].reshape(array.shape)
             at += array.size
-        obs, reward, terminated, _, _ = self.copy.step(action)
+        task = self.copy.env.env.env  # without the checks of its Boundary, which counts steps
+        units = self.in_units(action).reshape(task.action_space.shape).astype(task.action_space.dtype)
+        obs, reward, terminated, _, _ = task.step(units)
         return self.read(data), np.ravel(obs).astype(float), float(reward), bool(terminated)
+
+    def differentiate(self, rows: np.ndarray, action: np.ndarray) -> tuple:
+        """(3b): one step of rows [B, width] with action [B, m] in [−1, 1], and its derivatives.
+
+        Returns rows after, terminated [B], values [B, v] (positions and velocities, then obs, then reward)
+        and their Jacobian [B, v, x + m] with respect to positions, velocities and action, by one-sided
+        differences. Actions are moved inwards, for the task clips them; a bonus that stops is no slope.
+        """
+        (size, m), x = action.shape, self.model.nq + self.model.nv
+        k, j = np.arange(x), np.arange(m)
+        moves = np.full((size, x + m), 1e-6)
+        moves[:, x:] = np.where(action > 0, -1, 1) * (1e-6 if self.task else 1e-3)  # copies act in float32
+        many = np.repeat(rows[:, None], x + m + 1, 1)
+        actions = np.repeat(action[:, None].astype(np.float64), x + m + 1, 1)
+        many[:, 1 + k, 1 + k] += moves[:, :x]  # place 0 is the step itself; a row begins with the time
+        actions[:, 1 + x + j, j] += moves[:, x:]
+        after, obs, reward, done = self.step(many.reshape(-1, rows.shape[1]), actions.reshape(-1, m))
+        values = np.concatenate([after[:, 1 : 1 + x], obs, reward[:, None]], 1).reshape(size, x + m + 1, -1)
+        change = values[:, 1:] - values[:, :1]
+        jacobian = (change / moves[..., None]).transpose(0, 2, 1)
+        jacobian[:, -1][np.abs(jacobian[:, -1]) > 1e4] = 0
+        first = lambda array: array.reshape(size, x + m + 1, *array.shape[1:])[:, 0]
+        return first(after), first(done), values[:, 0], jacobian
 
     def verify(self, env_id: str, kwargs: str) -> None:
         """Sixty random steps of another copy, in three episodes, must come out the same. Raises BadInput."""
@@ -451,6 +491,23 @@ class Simulator:
         for name, theirs, ours in zip(names, real, self.step(rows, actions)[1:], strict=True):
             same = np.allclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
             require(same, "env_id", env_id, f"a task whose {name} follows from simulator state and action")
+
+
+class Simulated(torch.autograd.Function):
+    """Values [B, v] that the simulator computed from state [B, x] and action [B, m], with its Jacobian."""
+
+    @staticmethod
+    def forward(context, state: Tensor, action: Tensor, values: Tensor, jacobian: Tensor) -> Tensor:
+        context.save_for_backward(jacobian)
+        context.widths = (state.shape[1], action.shape[1])
+        assert jacobian.shape == (*values.shape, sum(context.widths))
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple:
+        (jacobian,) = context.saved_tensors
+        by_state, by_action = torch.einsum("bv,bvk->bk", gradient, jacobian).split(context.widths, 1)
+        return by_state, by_action, None, None
 
 
 def squashed_log_prob(noise: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
@@ -618,14 +675,18 @@ class Agent:
             {"params": [self.log_alpha], "lr": args.alpha_lr},
         ]  # Adam works elementwise: one for all is faster
         self.optimizer = optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+        if args.actor_horizon > 0:  # MuJoCo stands in the middle of the gradient: no part of a graph
+            self.captured = ("policy", "sample")
 
     def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
-        """The replay that `train` fills with steps of env, and with its simulator's states where H > 0."""
+        """The replay that `train` fills with steps of env, with the simulator's states where it is asked."""
         sizes = (capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
-        if self.args.horizon == 0:
+        if self.args.horizon == self.args.actor_horizon == 0:
             return ReplayBuffer(*sizes)
-        task = (self.args.env_id, env, self.args.num_threads, self.args.env_kwargs)
-        return SimulatorReplay(*sizes, Simulator(*task))
+        simulator = Simulator(self.args.env_id, env, self.args.num_threads, self.args.env_kwargs)
+        plain = self.args.actor_horizon == 0 or simulator.model.nq == simulator.model.nv
+        require(plain, "actor_horizon", self.args.actor_horizon, "0 for bodies that turn freely (nq > nv)")
+        return SimulatorReplay(*sizes, simulator)
 
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""
@@ -669,15 +730,43 @@ class Agent:
                 values.append(value)
         return rollout
 
+    def differentiable_rollout(self, batch: Batch, buffer: ReplayBuffer, at: Tensor) -> Rollout:
+        """K steps with gradient of policy and simulator from where the transitions in places `at` [B] led."""
+        simulator, x = buffer.simulator, buffer.simulator.model.nq + buffer.simulator.model.nv
+        rows, done = buffer.states[at.cpu()].numpy(), batch.terminated.cpu().numpy() > 0
+        state, obs = torch.from_numpy(rows[:, 1 : 1 + x]).to(self.device), batch.next_obs
+        rollout = Rollout([obs], *([value] for value in self.actor.sample(obs)), [], [])
+        for _ in range(self.args.actor_horizon):
+            action, living = rollout.action[-1].double(), np.flatnonzero(~done)
+            values = np.zeros((len(at), x + obs.shape[1] + 1))
+            jacobian = np.zeros((*values.shape, x + action.shape[1]))
+            if len(living):
+                results = simulator.differentiate(rows[living], action.detach().cpu().numpy()[living])
+                for array, result in zip((rows, done, values, jacobian), results, strict=True):
+                    array[living] = result
+            values = Simulated.apply(
+                state, action, *(torch.from_numpy(v).to(self.device) for v in (values, jacobian))
+            )
+            state, obs, reward = values.split([x, obs.shape[1], 1], 1)
+            obs = obs.float()
+            new = (obs, *self.actor.sample(obs), reward.squeeze(1).float(), torch.tensor(done).to(obs))
+            for found, value in zip(rollout, new, strict=True):
+                found.append(value)
+        return rollout
+
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
-        """One gradient step after a rollout on the host. Metrics stay tensors, for a GPU's sake."""
+        """One gradient step after rollouts on the host. Metrics stay tensors, for a GPU's sake."""
         at = buffer.sample(self.args.batch_size)
         places = at.repeat(self.args.num_particles)
         starts = buffer[places]
         rollout = self.simulate(starts.next_obs, starts.terminated, buffer, places)
         compares = self.args.horizon > 0 and step % self.args.diagnose_every == 0
         metrics = self.compare_horizons(starts, rollout) if compares else {}
-        return metrics | self.learn(buffer[at], rollout)
+        if self.args.actor_horizon == 0:
+            return metrics | self.learn(buffer[at], rollout)
+        places = at[: self.args.actor_batch]
+        ahead = self.differentiable_rollout(buffer[places], buffer, places)
+        return metrics | self.learn(buffer[at], rollout, ahead)
 
     def critic_loss(self, batch: Batch, rollout: Rollout, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Scalar, and the values q [2, B] that it draws to their targets."""
@@ -696,11 +785,24 @@ class Agent:
             critic_loss = tdk_loss(critic_loss, imagined.view(2, *alive.shape), values[:-1], alive)  # (8)
         return critic_loss, q
 
-    def learn(self, batch: Batch, rollout: Rollout) -> dict[str, Tensor]:
+    def expanded_actor_loss(self, ahead: Rollout, alive: Tensor, alpha: Tensor) -> Tensor:
+        """(3a) over the rows that are alive [B], 0 or 1, where the rollout begins -> scalar."""
+        horizon = self.args.actor_horizon
+        next_q = self.critic(ahead.obs[-1], ahead.action[-1], frozen=True).amin(0)
+        value = expand(ahead, horizon, next_q, alpha, self.args.gamma)[0] - alpha * ahead.log_prob[0]
+        assert value.shape == alive.shape
+        return -(alive * value).sum() / alive.sum().clamp_min(1) / (horizon + 1)
+
+    def learn(self, batch: Batch, rollout: Rollout, ahead: Rollout | None = None) -> dict[str, Tensor]:
         alpha = self.log_alpha.detach().exp()
         critic_loss, q = self.critic_loss(batch, rollout, alpha)
-        action, log_prob = self.actor.sample(batch.obs)
-        actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
+        if ahead is None:
+            action, log_prob = self.actor.sample(batch.obs)
+            actor_loss = soft_actor_loss(self.critic(batch.obs, action, frozen=True), log_prob, alpha)  # (3)
+        else:
+            log_prob = ahead.log_prob[0]
+            alive = 1 - batch.terminated[: len(log_prob)]
+            actor_loss = self.expanded_actor_loss(ahead, alive, alpha)  # (3a)
         alpha_loss = temperature_loss(self.log_alpha, log_prob, self.target_entropy)  # (4)
 
         self.optimizer.zero_grad()

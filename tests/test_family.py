@@ -259,6 +259,7 @@ NUMBERS += [("--refit-steps", 1), ("--target-interval", 7), ("--explore-chance",
 NUMBERS += [("--reduction", kind) for kind in ("mean", "last", "td-lambda", "covariance")]
 NUMBERS += [("--reduction", "td-lambda", "--td-lambda", 0.9), ("--reduction", "last", "--tdk")]
 NUMBERS += [("--critics", 2), ("--reward-members", 2)]
+NUMBERS += [("--actor-horizon", 2, "--actor-batch", 9)]
 NUMBERS += [("--alpha-lr", 1e-2), ("--init-alpha", 0.1), ("--target-entropy", 1.0)]
 SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2)]
 SHARED += [("--hidden", 12), ("--batch-size", 12), ("--seed", 5)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import load, run, tiny
+from tests.conftest import differing, load, run, tiny
 from tests.tasks import RHO, A, B, Q
 from tests.test_bad_input import fails
 from tests.test_math import GAMMA, K, exact_critic, recorded
@@ -374,3 +374,182 @@ def test_each_row_starts_from_its_own_transition():
 def simulator_positions(buffer) -> int:
     """Where the positions end in a row that begins with the time."""
     return 1 + buffer.simulator.model.nq
+
+
+# ---------------------------------------------------------------- the actor's gradient through the simulator
+
+
+def returns(simulator, row: np.ndarray, actions: np.ndarray, weight: np.ndarray) -> float:
+    """Σ 0.9^t r_t plus weight · last observation of open-loop actions [H, 1, m] from one row."""
+    total, rows = 0.0, row
+    for t, action in enumerate(actions):
+        rows, obs, reward, _ = simulator.step(rows, action)
+        total += 0.9**t * reward[0]
+    return float(total + obs[0] @ weight)
+
+
+def chained(simulator, row: np.ndarray, actions: torch.Tensor, weight: np.ndarray) -> torch.Tensor:
+    """The same by one Jacobian after the other."""
+    x, rows, total = simulator.model.nq + simulator.model.nv, row, 0.0
+    state = torch.from_numpy(row[:, 1 : 1 + x])
+    for t, action in enumerate(actions):
+        rows, _, values, jacobian = simulator.differentiate(rows, action.detach().numpy())
+        values = ove.Simulated.apply(state, action, torch.from_numpy(values), torch.from_numpy(jacobian))
+        state, obs, reward = values.split([x, values.shape[1] - x - 1, 1], 1)
+        total = total + 0.9**t * reward[0, 0]
+    return total + obs[0] @ torch.from_numpy(weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["InvertedPendulum", "InvertedDoublePendulum", "Swimmer", "HalfCheetah", "Hopper"]
+)
+def test_gradient_of_a_return_is_that_of_whole_rollouts(name):
+    """Five steps away from contacts: the chain of Jacobians against central differences of whole rollouts."""
+    env, rng = ove.make_env(f"{name}-v5"), np.random.default_rng(0)
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(rng.uniform(-0.3, 0.3, env.action_space.shape).astype(np.float32))
+    simulator = ove.Simulator(f"{name}-v5", env, 1)
+    row = simulator.row(simulator.live)[None].copy()
+    if name in ("Hopper", "HalfCheetah"):
+        row[0, 2] += 1  # a metre above the ground
+    actions = torch.tensor(rng.uniform(-0.5, 0.5, (5, 1, *env.action_space.shape)), requires_grad=True)
+    weight = np.linspace(0.5, 1, env.observation_space.shape[0])
+    value = chained(simulator, row, actions, weight)
+    assert value.item() == pytest.approx(returns(simulator, row, actions.detach().numpy(), weight), abs=1e-9)
+    (gradient,) = torch.autograd.grad(value, actions)
+    numeric = np.zeros(actions.shape)
+    for place in np.ndindex(*actions.shape):
+        moved = [actions.detach().numpy().copy() for _ in range(2)]
+        moved[0][place] += 1e-5
+        moved[1][place] -= 1e-5
+        numeric[place] = -np.diff([returns(simulator, row, m, weight) for m in moved])[0] / 2e-5
+    assert np.abs(numeric).max() > 1e-3
+    assert np.abs(gradient.numpy() - numeric).max() < 1e-4 * np.abs(numeric).max()
+
+
+def test_jacobian_of_a_linear_system():
+    """s' = 0.9 s + 0.5 (2a + 1), r = −(s² + 0.1 (2a + 1)²): known derivatives, inwards at a = 1 too."""
+    env = ove.make_env("tests.tasks:LQR-v0")
+    env.reset(seed=0)
+    simulator, rows = ove.Simulator("tests.tasks:LQR-v0", env, 1), []
+    for state in (1.5, -0.7, 0.2):
+        env.unwrapped.state = state
+        rows.append(simulator.row(env.unwrapped))
+    action = np.float32([[0.3], [1.0], [-1.0]])
+    after, done, values, jacobian = simulator.differentiate(np.array(rows), action)
+    state, units = np.array([1.5, -0.7, 0.2]), 2 * action[:, 0].astype(float) + 1
+    assert values[:, 0] == pytest.approx(0.9 * state + 0.5 * units) and not done.any()
+    assert np.array_equal(values[:, 0], values[:, 2]) and np.array_equal(values[:, 0], after[:, 1])
+    assert values[:, 3] == pytest.approx(-(state**2 + 0.1 * units**2))
+    for place in (0, 2):
+        assert jacobian[:, place, 0] == pytest.approx(0.9, abs=1e-5)
+        assert jacobian[:, place, 2] == pytest.approx(1.0, abs=1e-3)
+    assert jacobian[:, 3, 0] == pytest.approx(-2 * state, abs=1e-5)
+    assert jacobian[:, 3, 2] == pytest.approx(-0.4 * units, abs=2e-3)
+    assert not jacobian[:, [0, 2, 3], 1].any()  # a velocity means nothing to this system
+
+
+def test_a_bonus_that_stops_is_no_slope():
+    """A hopper 1e-7 above the height at which it is unhealthy: its bonus of 1 is not divided by 1e-6."""
+    env = ove.make_env("Hopper-v5")
+    env.reset(seed=0)
+    simulator = ove.Simulator("Hopper-v5", env, 1)
+    row, idle = simulator.row(simulator.live)[None].copy(), np.zeros((1, 3), np.float32)
+    low, high = 0.6, 1.2  # unhealthy after a step from the first, healthy from the second
+    for _ in range(60):
+        row[0, 2] = (low + high) / 2
+        low, high = (low, row[0, 2]) if simulator.step(row, idle)[2][0] > 0.5 else (row[0, 2], high)
+    row[0, 2] = high + 1e-7
+    assert simulator.step(row, idle)[2][0] > 0.5
+    for height in (row[0, 2], low - 1e-7):  # of whichever bound: one of them is crossed by 1e-6 upwards
+        row[0, 2] = height
+        assert np.abs(simulator.differentiate(row, idle)[3][0, -1]).max() < 1e3
+
+
+def lqr_gradients(horizon: int) -> list[torch.Tensor]:
+    """Actor gradients of (3a) on the linear-quadratic task: through the simulator, and by its formulas."""
+    flags = ["--env-id", "tests.tasks:LQR-v0", "--horizon", 0, "--actor-horizon", horizon, "--gamma", GAMMA]
+    flags += ["--actor-batch", 8]
+    agent = ove.Agent(ove.parse(tiny("sac_ove", *flags)), 1, 1, torch.device("cpu"))
+    agent.critic.forward = lambda obs, action, frozen=False: torch.stack([-(obs**2).sum(1)] * 2)
+    env = ove.make_env("tests.tasks:LQR-v0")
+    buffer, rng = agent.make_buffer(8, env), np.random.default_rng(0)
+    env.reset(seed=0)
+    for state in rng.uniform(-1, 1, 8):
+        env.unwrapped.state = state
+        buffer.add([0.0], [0.0], 0.0, [state], False, 0)
+    at, alpha = torch.arange(8), torch.tensor(0.2)
+    torch.manual_seed(3)
+    ahead = agent.differentiable_rollout(buffer[at], buffer, at)
+    ours = torch.autograd.grad(
+        agent.expanded_actor_loss(ahead, torch.ones(8), alpha), list(agent.actor.parameters())
+    )
+    torch.manual_seed(3)
+    obs, value, discount = buffer[at].next_obs, 0.0, 1.0
+    for t in range(horizon + 1):
+        action, log_prob = agent.actor.sample(obs)
+        value = value - discount * alpha * log_prob
+        if t == horizon:
+            value = value + discount * agent.critic.forward(obs, action)[0]
+            break
+        units = 2 * action[:, 0] + 1
+        value = value - discount * (Q * obs[:, 0] ** 2 + RHO * units**2)
+        obs, discount = A * obs + B * units[:, None], discount * GAMMA
+    theirs = torch.autograd.grad(-value.mean() / (horizon + 1), list(agent.actor.parameters()))
+    return [torch.cat([g.flatten() for g in gradients]) for gradients in (ours, theirs)]
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_actor_climbs_the_return_of_the_linear_system(horizon):
+    ours, theirs = lqr_gradients(horizon)
+    assert theirs.abs().max() > 1e-2 and torch.allclose(
+        ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max()
+    )
+
+
+def test_nothing_is_gained_after_an_end():
+    """Rows that have ended before the rollout count for nothing; those that end in it keep their reward."""
+    flags = ["--env-id", "tests.tasks:Ends-v0", "--horizon", 0, "--actor-horizon", 3, "--gamma", 0.5]
+    flags += ["--actor-batch", 8]
+    agent = ove.Agent(ove.parse(tiny("sac_ove", *flags)), 1, 1, torch.device("cpu"))
+    env = ove.make_env("tests.tasks:Ends-v0")
+    buffer = agent.make_buffer(4, env)
+    env.reset(seed=0)
+    for terminated in (True, False, True, False):
+        env.unwrapped.state = 0.4
+        buffer.add([0.0], [0.0], 0.0, [0.4], terminated, 0)
+    at, alpha = torch.arange(4), torch.tensor(0.0)
+    ahead = agent.differentiable_rollout(buffer[at], buffer, at)
+    assert torch.stack(ahead.done).T.tolist() == [[1, 1, 1]] * 4
+    assert (torch.stack(ahead.reward) != 0).T.tolist() == [[False] * 3, [True, False, False]] * 2
+    loss = agent.expanded_actor_loss(ahead, 1 - buffer[at].terminated, alpha)
+    assert loss.item() == pytest.approx(-ahead.reward[0][[1, 3]].mean().item() / 4)
+    assert agent.expanded_actor_loss(ahead, torch.zeros(4), alpha).item() == 0
+
+
+def test_actor_looks_ahead_alone_and_beside_the_critics(tmp_path):
+    """Each of its numbers matters, and a resumed run ends in the same bits."""
+    flags = ["--actor-horizon", 2, "--actor-batch", 8]
+    folders = {"both": run("sac_ove", tmp_path / "both", *flags)}
+    folders["alone"] = run("sac_ove", tmp_path / "alone", *flags, "--horizon", 0)
+    folders["batch"] = run("sac_ove", tmp_path / "batch", *flags, "--actor-batch", 9)
+    folders["further"] = run("sac_ove", tmp_path / "further", *flags, "--actor-horizon", 3)
+    weights = [torch.load(f / "final.pt", weights_only=True)["agent"]["actor"] for f in folders.values()]
+    first = [next(iter(w.values())) for w in weights]
+    assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    short = run("sac_ove", tmp_path / "short", *flags, "--total-timesteps", 200)
+    longer = ove.train(ove.parse(["--resume", str(short), "--total-timesteps", "300"]))
+    assert differing(longer / "final.pt", folders["both"] / "final.pt") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--env-id", "Ant-v5"], "--actor-horizon 2: must be 0 for bodies that turn freely"),
+        (["--actor-batch", 17], "--actor-batch 17: must be at most --batch-size 16"),
+    ],
+)
+def test_what_the_actor_cannot_do_is_named(flags, text, tmp_path, capsys, monkeypatch):
+    flags = tiny("sac_ove", "--actor-horizon", 2, "--actor-batch", 8, *flags, "--runs-dir", tmp_path / "runs")
+    assert text in fails("sac_ove", flags, capsys, monkeypatch) and not (tmp_path / "runs").exists()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 def filled(module, args, steps: int):
     """Agent and replay of one of our files, after `steps` random steps."""
-    env = module.make_env(args.env_id)
+    env = module.make_env(args.env_id, args.env_kwargs)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     agent = module.Agent(args, *dims, torch.device("cpu"))
     buffer = agent.make_buffer(steps, env)

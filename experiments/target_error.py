@@ -260,8 +260,8 @@ def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int
     oracle = load("sac_ove")
     torch.set_num_threads(threads)
     try:
-        env = oracle.make_env(args.env_id)
-        simulator = oracle.Simulator(args.env_id, env, threads)
+        env = oracle.make_env(args.env_id, args.env_kwargs)
+        simulator = oracle.Simulator(args.env_id, env, threads, args.env_kwargs)
     except oracle.BadInput as error:
         raise ValueError(str(error).replace(" (--horizon 0 needs none)", "")) from error
     dims, table = (env.observation_space.shape[0], env.action_space.shape[0]), []

@@ -4,7 +4,8 @@
     python experiments/claims.py --check    # exit 1 if these two are not what the data say
 
 A claim has cases. A case compares means over seeds: Σ weight · mean, with the 95 % interval of Welch and
-Satterthwaite; or it asks for the share of seeds that reach a return before a step, with Wilson's interval.
+Satterthwaite; or it asks for the share of seeds that reach a return before a step, or of a table's replicates
+that have a 1, with Wilson's interval.
 It holds if the interval lies on the claimed side (of zero, `than` or the share), does not hold if it lies on
 the other, and is undecided otherwise; a claim of no difference holds if the interval lies within the margin.
 Fewer than five seeds decide nothing. A claim holds if all its cases do, and does not if one does not.

@@ -1,4 +1,4 @@
-"""The tasks of four papers as Gymnasium ids: --env-id experiments.suites:poplin/Hopper-v0 and so on.
+"""The tasks of five papers as Gymnasium ids: --env-id experiments.suites:poplin/Hopper-v0 and so on.
 
 poplin/ Ant-v0, Cheetah-v0, Hopper-v0, Swimmer-v0, Walker2d-v0 (arXiv 1906.08649, tasks of arXiv 1907.02057):
     no termination; the reward is a known function of the observation *before* the step and of the action.
@@ -9,10 +9,15 @@ mbpo/ Ant-v0, HalfCheetah-v0, Hopper-v0, Humanoid-v0, Walker2d-v0 (arXiv 1906.08
     paid on the terminating step too.
 mve/ HalfCheetah-v0, Swimmer-v0, Walker2d-v0 (arXiv 1803.00101):
     Gymnasium's tasks with the root's position in the observation, so that it determines the reward.
+pilco/ CartPole-v0 (Deisenroth and Rasmussen, ICML 2011, dynamics of the authors' code):
+    a hanging pole is swung up by a cart and balanced, 40 steps of 0.1 s; no termination, no MuJoCo.
 
-All rest on Gymnasium's bodies of version 5, with 1 000 steps an episode. Physics engines have changed since
-the papers (MuJoCo 1.31 and 1.50): returns are comparable within the noise of their seeds, not to the digit.
+All others rest on Gymnasium's bodies of version 5, with 1 000 steps an episode. Physics engines have changed
+since the papers (MuJoCo 1.31 and 1.50): returns are comparable within the noise of their seeds, not to the
+digit.
 """
+
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -115,6 +120,48 @@ class AliveBonusToTheEnd(gym.Wrapper):
         return obs, reward, terminated, truncated, info
 
 
+class PilcoCartPole(gym.Env):
+    """x, v, θ̇, θ [4], θ = 0 hangs; r = exp(−8 d²) after the step, d metres from the tip to its place.
+
+    Force of up to 10 N, held for 0.1 s (RK4 in ten steps); start N(0, 0.1² I). Cart and pole weigh 0.5 kg
+    each, the pole is 0.5 m long, friction is 0.1 N/(m/s).
+    """
+
+    observation_space = Box(-np.inf, np.inf, (4,), np.float64)
+    action_space = Box(-10.0, 10.0, (1,), np.float32)
+
+    @staticmethod
+    def slope(state: np.ndarray, force: float) -> np.ndarray:
+        """d/dt of (x, v, θ̇, θ)."""
+        length, m, M, b, g = 0.5, 0.5, 0.5, 0.1, 9.82
+        _, v, w, angle = state.tolist()
+        sin, cos = math.sin(angle), math.cos(angle)
+        push = 2 * m * length * w**2 * sin + 3 * m * g * sin * cos + 4 * (force - b * v)
+        turn = -3 * m * length * w**2 * sin * cos - 6 * (M + m) * g * sin - 6 * (force - b * v) * cos
+        denominator = 4 * (M + m) - 3 * m * cos**2
+        return np.array([v, push / denominator, turn / (length * denominator), w])
+
+    def reward(self) -> float:
+        x, _, _, angle = self.state.tolist()
+        distance = math.hypot(x + 0.5 * math.sin(angle), 0.5 + 0.5 * math.cos(angle))
+        return math.exp(-0.5 * (distance / 0.25) ** 2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.state = 0.1 * self.np_random.standard_normal(4)
+        return self.state.copy(), {}
+
+    def step(self, action: np.ndarray):
+        force, h = float(action[0]), 0.01
+        for _ in range(10):
+            k1 = self.slope(self.state, force)
+            k2 = self.slope(self.state + h / 2 * k1, force)
+            k3 = self.slope(self.state + h / 2 * k2, force)
+            k4 = self.slope(self.state + h * k3, force)
+            self.state = self.state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return self.state.copy(), self.reward(), False, False, {}
+
+
 def poplin(base: str, skip: int, height: float | None = None, **options) -> gym.Env:
     return Poplin(gym.make(base, **options), skip, height)
 
@@ -161,3 +208,4 @@ SUITES = {  # id: (entry point, its arguments)
 }
 for name, (entry_point, arguments) in SUITES.items():
     gym.register(name, entry_point=entry_point, kwargs=arguments, max_episode_steps=1000)
+gym.register("pilco/CartPole-v0", entry_point=PilcoCartPole, max_episode_steps=40)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 EPISODIC = [n for n in ALGOS if "def train_episodic" in (ROOT / "algos" / f"{n}.py").read_text()]
 STEPWISE = [n for n in ALGOS if n not in EPISODIC]
+TRIALS = [n for n in STEPWISE if "class TrialRun" in (ROOT / "algos" / f"{n}.py").read_text()]
 # The loop is one text in all files (test_family): one of each kind is killed, starved and misled, with
 # FARSIGHT_LONG=1, as in CI, two and what takes long is run as well, and with FARSIGHT_ALL=1 every file.
 ALL, LONG = os.environ.get("FARSIGHT_ALL"), os.environ.get("FARSIGHT_LONG") or os.environ.get("FARSIGHT_ALL")
@@ -41,6 +42,8 @@ TINY_MODEL |= {"rollout-length-max": 4, "growth-starts": 1, "growth-ends": 4}
 TINY_MODEL |= {"target-interval": 50, "updates-per-step": 1, "model-updates": 1}
 TINY_GOAL = {"env-id": "TorqueBall-v0", "num-envs": 2, "updates-per-cycle": 12, "members": 3, "horizon": 3}
 TINY_GOAL |= {"model-updates": 3, "model-ready": 100}
+TINY_PILCO = {"horizon": 3, "points": 20, "fit-evaluations": 4, "plan-evaluations": 4, "policy": "rbf"}
+TINY_PILCO |= {"centres": 4, "cost-target": 0, "cost-weights": 1, "start-mean": 0, "start-std": 0.5}
 
 
 def family_of(base: str) -> list[str]:
@@ -58,9 +61,10 @@ def load(name: str, path: Path | None = None):
 
 
 def sizes(name: str) -> dict[str, object]:
-    """Of TINY and TINY_MODEL the flags that the file has, and TINY_GOAL for goal tasks."""
+    """Of TINY and TINY_MODEL the flags that the file has, TINY_GOAL for goal tasks, TINY_PILCO."""
     have = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
     wanted = TINY | TINY_MODEL | (TINY_GOAL if name in EPISODIC else {})
+    wanted |= TINY_PILCO if name == "pilco" else {}
     return {flag: value for flag, value in wanted.items() if flag in have}
 
 

@@ -18,6 +18,7 @@ ORACLE, RETRACE, SVG = "test_oracle", "test_retrace", "test_svg"
 DDPG, MIN = "test_ddpg", "test_ddpg_mve_min"
 VAML, MAGE, MBPO, STEVE, GRAPHS = "test_vaml", "test_mage", "test_mbpo", "test_steve", "test_graphs"
 ODD, HABITS, AFTER = "test_odd_tasks", "test_habits", "test_after_training"
+PILCO = "test_pilco"
 MATH, RUNS, FAILURES, RESUME, FAMILY, BAD, ACTING = (
     "test_math",
     "test_runs",
@@ -268,6 +269,24 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("steve: noise after the tanh", "mean = mean + noisy * torch.randn_like(mean)  # (8)\n        return mean.tanh()", "mean = mean.tanh() + noisy * torch.randn_like(mean)  # (8)\n        return mean", STEVE),
     ("steve: TD-k pairs not weighted", "(alive[j].flatten()[dealt] * error.square())", "error.square()", STEVE),
     ("steve: TD-k targets not conditional", "value = (alive[j] / (alive[j - 1] + 1e-8)) * target", "value = alive[j] * target", STEVE),
+    ("pilco: sign of the covariance with the change", "after = cov + C + G + G.T", "after = cov + C - G - G.T", PILCO),
+    ("pilco: product of the means not taken off", "weights) - M[a] * M[b]", "weights)", PILCO),
+    ("pilco: no doubt of the processes", "weights[a == b] -= torch.cholesky_inverse(factor)", "pass", PILCO),
+    ("pilco: squash of a certain action", "damped = scale * (-cov.diag() / 2).exp()", "damped = scale + 0 * cov.diag()", PILCO),
+    ("pilco: squash not chained", "gain = V_u @ V_a", "gain = V_u", PILCO),
+    ("pilco: cost without the determinant", "(-torch.linalg.slogdet(spread)[1] / 2 - times * quadratic / 2)", "(-times * quadratic / 2)", PILCO),
+    ("pilco: no curb", " + curb(*parts, log_std)", "", PILCO),
+    ("pilco: sine and cosine exchanged", "obs[:, angles].sin(), obs[:, angles].cos()", "obs[:, angles].cos(), obs[:, angles].sin()", PILCO),
+    ("pilco: other noise of the policy", "zero + math.log(0.01)", "zero + math.log(0.1)", PILCO),
+    ("pilco: noise in the belief", "beta, weights, (2 * log_signal).exp())", "beta, weights, (2 * log_signal).exp() + (2 * log_noise).exp())", PILCO),
+    ("pilco: length scales not squared", "spread = cov + (2 * log_length).exp()", "spread = cov + log_length.exp()", PILCO),
+    ("pilco: processes learn the next state", "batch.next_obs.double() - batch.obs.double(), args", "batch.next_obs.double(), args", PILCO),
+    ("pilco: plans at every step", "buffer.added - self.planned >= self.args.trial_steps", "buffer.added - self.planned >= 1", PILCO),
+    ("pilco: search ends at its last point", "if kept is None or value.item() < best:", "if True:", PILCO),
+    ("pilco: targets of the policy without gradient", "None if ctx.constant else grad * kept", "None", PILCO),
+    ("pilco: gsat's sines exchanged", ".repeat_interleave(len(mean))", ".repeat(len(mean))", PILCO),
+    ("pilco: undiscounted", "return cost @ self.args.gamma **", "return cost @ 1.0 **", PILCO),
+    ("pilco: a lost pole costs nothing", "cost = torch.ones(self.args.horizon", "cost = torch.zeros(self.args.horizon", PILCO),
 ]  # fmt: skip
 
 

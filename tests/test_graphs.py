@@ -19,7 +19,8 @@ from tests.test_math import played_buffer
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
 FLAGS = {"sac_mve": ("--tdk", "--num-particles", 2), "sac_svg_h": ("--horizon", 2), "steve": (), "td3": ()}
-ROWS = [(name, FLAGS.get(name, ())) for name in STEPWISE]
+UNCAPTURED = {"pilco"}  # each of its plans is a search that reads its losses
+ROWS = [(name, FLAGS.get(name, ())) for name in STEPWISE if name not in UNCAPTURED]
 ROWS += [("sac_mve", ("--horizon", 0)), ("ddpg", ("--exploration", "parameter")), ("steve", ("--horizon", 0))]
 ROWS += [("ddpg_mve", ("--exploration", "parameter", "--terminations")), ("sac_retrace", ("--horizon", 0))]
 ROWS += [("sac_svg_h", ("--critic-expansion", kind)) for kind in ("tdk", "one-step")]
@@ -127,6 +128,9 @@ def test_replayed_updates_are_the_eager_ones(name, flags, graphs):
 def test_every_file_names_what_is_captured(algo):
     """Methods of its agent, the policy and the update among them."""
     agent = load(algo).Agent
+    if algo in UNCAPTURED:
+        assert agent.captured == ()
+        return
     assert {"policy_for" if algo in EPISODIC else "policy", "learn"} <= set(agent.captured)
     assert all(callable(getattr(agent, name)) for name in agent.captured)
 

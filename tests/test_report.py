@@ -376,6 +376,17 @@ def test_rows_of_a_table(tmp_path):
         claims.decide(tmp_path, case | {"value": "y"})
 
 
+def test_share_of_a_tables_replicates(tmp_path):
+    """99 of 100 worlds have a 1 in all their rows; Wilson's interval of it begins at 0.9455."""
+    rows = "".join(f"{world},{int(world < 99 or row == 0)}\n" for world in range(100) for row in range(2))
+    (tmp_path / "t.csv").write_text("world,holds\n" + rows)
+    case = {"metric": "table", "value": "holds", "replicate": "world", "terms": [[1, "t.csv", {}]]}
+    found = claims.decide(tmp_path, case | {"share": 0.94})
+    assert (found.estimate, found.seeds, found.verdict) == (0.99, 100, "holds")
+    assert found.low == pytest.approx(0.9455, abs=1e-4)
+    assert claims.decide(tmp_path, case | {"share": 0.95}).verdict == "undecided"
+
+
 def test_a_claim_holds_if_all_its_cases_do():
     findings = {v: claims.Finding("", v, 5) for v in (claims.HOLDS, claims.FAILS, claims.OPEN, claims.NONE)}
     assert claims.overall([findings["holds"]] * 2) == "holds"

@@ -91,7 +91,14 @@ def main() -> int:
         if getattr(args, name) < 1:
             print(f"error: --{name} {getattr(args, name)}: must be at least 1", file=sys.stderr)
             return 2
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    try:  # asked before minutes of work
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        args.csv.touch()
+    except OSError as error:
+        print(
+            f"error: --csv {args.csv}: must be a file that can be written: {error.strerror}", file=sys.stderr
+        )
+        return 2
     errors = {m: learn(m, args.steps, args.trials, args.every, args.seed) for m in METHODS}
     with open(args.csv, "w", newline="") as file:
         writer = csv.writer(file)

@@ -470,7 +470,7 @@ class Simulator:
         after, obs, reward, done = self.step(many.reshape(-1, rows.shape[1]), actions.reshape(-1, m))
         values = np.concatenate([after[:, 1 : 1 + x], obs, reward[:, None]], 1).reshape(size, x + m + 1, -1)
         change = values[:, 1:] - values[:, :1]
-        jacobian = (change / moves[..., None]).transpose(0, 2, 1)
+        jacobian = (change / moves[..., None]).transpose(0, 2, 1)  # (3b)
         jacobian[:, -1][np.abs(jacobian[:, -1]) > 1e4] = 0
         first = lambda array: array.reshape(size, x + m + 1, *array.shape[1:])[:, 0]
         return first(after), first(done), values[:, 0], jacobian

@@ -770,7 +770,8 @@ def prepare(args) -> torch.device:  # and threads, seed and determinism as the a
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cuda)
-    return torch.device("cuda" if cuda else "cpu")
+    args.device = "cuda" if cuda else "cpu"  # auto, once decided, is what a resumed run must agree on
+    return torch.device(args.device)
 
 
 def available_memory(device: torch.device) -> float:  # in bytes
@@ -1000,12 +1001,12 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
                 raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
         old = isinstance(rng, np.random.RandomState)
         task = rng.get_state(legacy=False) if old else getattr(getattr(rng, "bit_generator", 0), "state", 0)
-        state = {"args": dataclasses.asdict(self.args) | {"resume": "", "device": self.agent.device.type}}
+        state = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "algo": ALGO, "format": FORMAT}
         state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "history": self.history}
         state |= {"seconds": time.perf_counter() - self.began, "sizes": self.agent.sizes, "agent": agent}
         state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
         state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task, default=np.ndarray.tolist)}
-        state |= {"algo": ALGO, "format": FORMAT, "buffer": self.buffer.state_dict()}
+        state |= {"buffer": self.buffer.state_dict()}
         self.writer.flush()
         self.write(name, lambda file: torch.save(state, file))
         record = {k: state[k] for k in ("algo", "args", "history")} | self.history[-1]  # for people and tools
@@ -1058,9 +1059,8 @@ def load_checkpoint(run_dir: Path, *better: str) -> dict:  # BadInput if damaged
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         found, ours = f"{state['algo']}, format {state['format']}", f"{ALGO}, format {FORMAT}"
-    except Exception as error:  # missing and damaged files raise many types
-        fallback = "delete an unreadable one to use checkpoint.previous.pt"
-        require(False, "resume", run_dir, f"a run folder with a checkpoint.pt ({fallback}): {error!r}")
+    except Exception:  # missing and damaged files raise many types
+        require(False, "resume", run_dir, "a run folder with a checkpoint.pt; delete it if it is unreadable")
     require(found == ours, "resume", run_dir, f"a run of {ours}, not {found}")
     return state
 

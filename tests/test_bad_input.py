@@ -234,9 +234,7 @@ def test_checkpoint_cannot_run_code(loop, finished, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--seed", 2), ("--gamma", 0.5), ("--total-timesteps", 200), ("--device", "auto")]
-)
+@pytest.mark.parametrize(("flag", "value"), [("--seed", 2), ("--gamma", 0.5), ("--total-timesteps", 200)])
 def test_resuming_with_other_arguments_is_refused(loop, flag, value, finished, tmp_path, capsys, monkeypatch):
     folder = finished(loop, tmp_path)
     error = fails(loop, ["--resume", folder, flag, value], capsys, monkeypatch)
@@ -244,6 +242,15 @@ def test_resuming_with_other_arguments_is_refused(loop, flag, value, finished, t
         error.startswith(f"error: {flag} {value}: must be") and "may only get more --total-timesteps" in error
     )
     assert (folder / "final.pt").exists()
+
+
+def test_resuming_from_python_with_the_default_device(loop, finished, tmp_path):
+    """auto is decided when a run begins: a resumed run must agree on what it came to, not on the word."""
+    folder, module = finished(loop, tmp_path), load(loop)
+    args = module.parse(["--resume", str(folder), "--total-timesteps", "400", "--device", "auto"])
+    if not torch.cuda.is_available():  # where there is one, auto is another device than this run's
+        assert learner(loop)(args) == folder and args.device == "cpu"
+        assert torch.load(folder / "final.pt", weights_only=True)["step"] == 400
 
 
 def test_reward_that_turns_infinite_names_the_step(step_loop, tmp_path, capsys, monkeypatch):

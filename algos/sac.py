@@ -389,17 +389,19 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:  # or Bad
 def check(args) -> None:  # types, ranges in their annotation, and one against another
     options = lambda x: json.dumps(x if isinstance(x, dict) else json.loads(x), sort_keys=True)
     kinds = {int: whole, float: float, str: os.fspath, bool: {True: True, False: False}.__getitem__}
+    kinds |= {kind | None: lambda x, read=read: x if x is None else read(x) for kind, read in kinds.items()}
     for field in dataclasses.fields(args):
-        name, value, parts = field.name, getattr(args, field.name), get_args(field.type) or (field.type,)
-        kind, *none = get_args(parts[0]) or parts[:1]  # float | None
-        if isinstance(kind, str):  # a Literal
-            require(value in parts, name, value, f"one of {', '.join(parts)}")
-        elif value is not None or not none:
+        name, value, kind = field.name, getattr(args, field.name), field.type
+        kind, *ranges = get_args(kind) if hasattr(kind, "__metadata__") else [kind]  # of Annotated
+        if words := [word for word in get_args(kind) if isinstance(word, str)]:  # of a Literal
+            require(value in words, name, value, f"one of {', '.join(words)}")
+        elif kind in kinds:  # others are their owner's
             try:
                 setattr(args, name, value := (options if name == "env_kwargs" else kinds[kind])(value))
             except (KeyError, TypeError, ValueError):
-                require(False, name, value, "JSON" if name == "env_kwargs" else f"of type {kind.__name__}")
-            for low, high in parts[1:]:
+                shown = "JSON" if name == "env_kwargs" else f"of type {getattr(kind, '__name__', kind)}"
+                require(False, name, value, shown)
+            for low, high in (x for x in ranges if isinstance(x, tuple) and value is not None):
                 allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
                 require(low <= value <= high and value < math.inf, name, value, allowed)
     batch, warm_up, total = getattr(args, "batch_size", 1), args.learning_starts, args.total_timesteps
@@ -727,8 +729,7 @@ def parse(argv: list[str] | None = None):
                 parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags, registry=rules)
         except SystemExit as stop:
             text = " ".join(line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:])
-            text = re.split(" Argument helptext| For full", text)[0]  # out of tyro's frame
-            raise (BadInput(text) if stop.code else stop) from None
+            raise (BadInput(re.split(" Argument help| For full", text)[0]) if stop.code else stop) from None
         return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
     values = read(dataclasses.asdict(Args()))
@@ -745,8 +746,7 @@ def main(learn) -> None:
         sys.stdout.reconfigure(errors="replace")  # where a console has no ± it shows a question mark
         for option, size in ((-1, 1 << 28), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
             ctypes.CDLL(None).mallopt(option, size)  # mapping freed memory anew costs a tenth of an update
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), (stop, stop)))
     try:
         learn(parse())
     except (BadInput, RunFailed, OSError) as error:

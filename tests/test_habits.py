@@ -232,3 +232,25 @@ def test_full_disk_is_called_full(loop, tmp_path, capsys, monkeypatch):
     assert "cannot write" in error and "No space left on device" in error
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 0
     assert list(folder.glob("*.tmp")) == []
+
+
+def test_copied_file_with_arguments_of_other_kinds(loop, tmp_path):
+    """A tuple, and numbers that may be missing, without a range: a run is resumed with them."""
+    line = "    capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)\n"
+    more = (
+        "    sizes: tuple[int, ...] = (3, 4)  # a tuple\n    least: float | None = None  # a number or none\n"
+    )
+    copied(loop, tmp_path, line, line + more + "    most: int | None = 5  # the same\n")
+    module = load(f"mine_{loop}", tmp_path / "mine.py")
+    own = ["--sizes", "7", "8", "9", "--least", "0.5", "--most", "None", "--total-timesteps", "200"]
+    args = module.parse([*tiny(loop, "--runs-dir", tmp_path / "runs"), *own])
+    assert (args.sizes, args.least, args.most) == ((7, 8, 9), 0.5, None)
+    train = getattr(module, "train_episodic" if loop in EPISODIC else "train")
+    folder = str(train(args))
+    again = module.parse(["--resume", folder, "--total-timesteps", "300"])
+    assert (again.sizes, again.least, again.most) == ((7, 8, 9), 0.5, None)
+    assert str(train(again)) == folder
+    plain = module.Args(**{**small(loop), "most": 2.0})
+    assert (plain.sizes, plain.least, plain.most, type(plain.most)) == ((3, 4), None, 2, int)
+    with pytest.raises(module.BadInput, match="--least many: must be of type float"):
+        module.Args(**small(loop), least="many")

@@ -12,6 +12,7 @@ ends where the table does. As n grows, Dyna is value iteration on what was seen.
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -91,14 +92,10 @@ def main() -> int:
         if getattr(args, name) < 1:
             print(f"error: --{name} {getattr(args, name)}: must be at least 1", file=sys.stderr)
             return 2
-    try:  # asked before minutes of work
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        args.csv.touch()
-    except OSError as error:
-        print(
-            f"error: --csv {args.csv}: must be a file that can be written: {error.strerror}", file=sys.stderr
-        )
-        return 2
+    for name, path in (("csv", args.csv), ("figure", args.figure)):  # asked before minutes of work
+        if path and (path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK))):
+            print(f"error: --{name} {path}: must be a file in a folder that can be written", file=sys.stderr)
+            return 2
     errors = {m: learn(m, args.steps, args.trials, args.every, args.seed) for m in METHODS}
     with open(args.csv, "w", newline="") as file:
         writer = csv.writer(file)

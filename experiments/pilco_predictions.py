@@ -166,6 +166,8 @@ def main() -> int:
             raise ValueError(f"{args.run}: must be a finished run, with its final.pt")
         if args.figure and importlib.util.find_spec("matplotlib") is None:
             raise ValueError(f"--figure {args.figure}: must be left out without matplotlib (extra bench)")
+        if args.figure and not (args.figure.parent.is_dir() and os.access(args.figure.parent, os.W_OK)):
+            raise ValueError(f"--figure {args.figure}: must be a file in a folder that can be written")
         if args.trials:
             add(trials_of(module, args.run, agent, settings), args.trials)
         real = played(module, agent, settings, settings.horizon, args.episodes, args.seed)

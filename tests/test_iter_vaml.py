@@ -527,6 +527,8 @@ def test_the_script_writes_its_table_and_figure(tmp_path):
             "--figure /dev/null/a.png: must be a file that can be",
         ),
         ("dyna", ["--steps", 0], "--steps 0: must be at least 1"),
+        ("dyna", ["--csv", "/dev/null/a.csv"], "--csv /dev/null/a.csv: must be a file in a folder"),
+        ("dyna", ["--figure", "/dev/null/a.png"], "--figure /dev/null/a.png: must be a file in a folder"),
     ],
 )
 def test_mistakes(name, flags, text, tmp_path):

@@ -94,7 +94,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("the simulator without the task's arguments", "make_env(env_id, kwargs, raw=True)\n", "make_env(env_id, raw=True)\n", ODD),
     ("whole goals round", "gym.spaces.Dict({k: box(sizes[k]) for k in names})", "parts and env.observation_space", ODD),
     ("1e6 is no count", ", default=flags, registry=rules)", ", default=flags)", HABITS),
-    ("choices unchecked", 'require(value in parts, name, value, f"one of', 'require(True, name, value, f"one of', HABITS),
+    ("choices unchecked", 'require(value in words, name, value, f"one of', 'require(True, name, value, f"one of', HABITS),
     ("arguments keep their Python types", "setattr(args, name, value := (options", "(value := (options", HABITS),
     ("resume command unquoted", "{shlex.join(['python'", "{' '.join(['python'", HABITS),
     ("a console dies of ±", 'sys.stdout.reconfigure(errors="replace")', "pass", HABITS),

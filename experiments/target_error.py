@@ -12,6 +12,12 @@ same action noise, by the true simulator; and by soft Monte-Carlo returns, which
     simulator - returns   the same with a perfect model: the critic's share, and the noise of the actions
     state error           root mean square after h steps, in deviations of the visited observations
     cosine                between the gradients that the two targets of the first column give the critic
+    action gradient       of y_0, what h steps and the critic behind them promise, by the first action: its
+                          root mean square norm, and the cosine between the model's and the simulator's
+
+The last is what an actor learns from that looks ahead with a gradient (sac_svg_h.py; sac_ove.py
+--actor-horizon), one vector over all starts; later actions answer to the states they meet. The simulator's
+is by differences of its steps, the model's by backpropagation.
 
 Against the returns, variance and mean square have the sampling noise of the returns taken out, but not that
 of the target's own h actions, which grows with h (more particles would average it out). Where they fall with
@@ -34,7 +40,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
-FIELDS = "step,h,error_of,bias,bias_se,variance,mse,state_error,cosine".split(",")
+FIELDS = "step,h,error_of,bias,bias_se,variance,mse,state_error,cosine,action_cosine,action_norm".split(",")
 
 
 class Starts(NamedTuple):
@@ -102,6 +108,28 @@ class TrueSimulator:
         return tuple(torch.tensor(x, dtype=torch.float32) for x in (self.obs, reward, self.done))
 
 
+class SimulatorWithGradient(TrueSimulator):
+    """The simulator whose steps know their derivatives."""
+
+    def start(self, obs: Tensor, rows: np.ndarray, ended: Tensor) -> None:
+        super().start(obs, rows, ended)
+        self.simulated = sys.modules[type(self.simulator).__module__].Simulated
+        self.size = self.simulator.model.nq + self.simulator.model.nv
+        self.state = torch.tensor(rows[:, 1 : 1 + self.size])
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        action, living = action.double(), np.flatnonzero(~self.done)
+        values = np.zeros((len(action), self.size + self.obs.shape[1] + 1))
+        jacobian = np.zeros((*values.shape, self.size + action.shape[1]))
+        if len(living):
+            results = self.simulator.differentiate(self.rows[living], action.detach().numpy()[living])
+            for array, result in zip((self.rows, self.done, values, jacobian), results, strict=True):
+                array[living] = result
+        values = self.simulated.apply(self.state, action, *map(torch.from_numpy, (values, jacobian)))
+        self.state, obs, reward = values.split([self.size, self.obs.shape[1], 1], 1)
+        return obs.float(), reward.squeeze(1).float(), torch.tensor(self.done, dtype=torch.float32)
+
+
 MODELS = {
     "sac_mve": LearnedEnsemble,
     "sac_svg_h": LearnedRecurrence,
@@ -157,10 +185,14 @@ def sample(module, agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return u.tanh(), module.squashed_log_prob(noise, log_std, u)
 
 
-def roll_out(module, agent, model, starts: Starts, noise: Tensor):
-    """len(noise) − 1 steps of policy and model from the states after `starts`, as the family's Rollout."""
+def roll_out(module, agent, model, starts: Starts, noise: Tensor, first: Tensor | None = None):
+    """len(noise) − 1 steps of policy and model from the states after `starts`, as the family's Rollout.
+
+    `first` [N, m] stands for the first action, if one wants to differentiate with respect to it.
+    """
     model.start(starts.next_obs, starts.rows, starts.terminated)
     action, log_prob = sample(module, agent, starts.next_obs, noise[0])
+    action = action if first is None else first
     rollout = module.Rollout([starts.next_obs], [action], [log_prob], [], [])
     for eps in noise[1:]:
         obs, reward, done = model.step(action)
@@ -208,6 +240,21 @@ def critic_gradient(module, agent, starts: Starts, target: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.critic.parameters()))])
 
 
+@torch.enable_grad()
+def action_gradients(module, agent, model, starts: Starts, noise: Tensor, gamma: float) -> Tensor:
+    """Of y_0 of every h = 0 .. H by the first action: [H + 1, N, m]; 0 where the start has ended."""
+    from launch import load
+
+    alpha, found, family = agent.log_alpha.exp(), [], sys.modules.get("sac_mve") or load("sac_mve")
+    first = sample(module, agent, starts.next_obs, noise[0])[0].detach().requires_grad_()
+    rollout = roll_out(module, agent, model, starts, noise, first)
+    for h, (obs, action) in enumerate(zip(rollout.obs, rollout.action, strict=True)):
+        value = family.expand(rollout, h, agent.critic_target(obs, action).amin(0), alpha, gamma)[0]
+        total = ((1 - starts.terminated) * value).sum()
+        found.append(torch.autograd.grad(total, first, retain_graph=h < len(noise) - 1)[0])
+    return torch.stack(found)
+
+
 def statistics(error: Tensor, episode: Tensor, noise: float = 0.0) -> dict[str, float]:
     """Bias, its standard error, variance and mean square of errors [N]; `noise` is variance to take out.
 
@@ -232,7 +279,18 @@ def compare(module, agent, learned, simulator, starts: Starts, horizon: int, rep
         model = roll_out(module, agent, learned, starts, noise)
         model_targets = targets(agent, starts, model, gamma)
         scale = starts.obs.std(0).clamp_min(1e-6)
-    rows, alive = [], 1 - starts.terminated
+    rows, alive, slope = [], 1 - starts.terminated, {}
+    known = {"model": learned, "simulator": SimulatorWithGradient(simulator)}
+    if (
+        simulator.model.nq > simulator.model.nv
+    ):  # bodies that turn freely: positions have no plain differences
+        known.pop("simulator")
+    for name, one in known.items():
+        if one is not None:
+            slope[name] = action_gradients(module, agent, one, starts, noise, gamma)
+    norm = {
+        name: (x.square().sum((1, 2)) / alive.sum().clamp_min(1)).sqrt().tolist() for name, x in slope.items()
+    }
     for h in range(horizon + 1):
         if learned is not None:
             gap = ((model.obs[h] - true.obs[h]) / scale).square().mean(1)[alive > 0.5]
@@ -240,12 +298,17 @@ def compare(module, agent, learned, simulator, starts: Starts, horizon: int, rep
             extra = {"cosine": torch.cosine_similarity(*gradients, dim=0).item()}
             if len(gap):  # some rows probably live in both
                 extra["state_error"] = gap.mean().sqrt().item()
+            if "simulator" in slope:
+                both = (slope[name][h].flatten() for name in ("model", "simulator"))
+                extra["action_cosine"] = torch.cosine_similarity(*both, dim=0).item()
+            extra["action_norm"] = norm["model"][h]
             error = statistics(model_targets[h] - true_targets[h], starts.episode)
             rows.append({"h": h, "error_of": "model - simulator"} | error | extra)
             error = statistics(model_targets[h] - reference, starts.episode, left)
             rows.append({"h": h, "error_of": "model - returns"} | error)
         error = statistics(true_targets[h] - reference, starts.episode, left)
-        rows.append({"h": h, "error_of": "simulator - returns"} | error)
+        extra = {"action_norm": norm["simulator"][h]} if "simulator" in slope else {}
+        rows.append({"h": h, "error_of": "simulator - returns"} | error | extra)
         if h < horizon:
             alive = alive * (1 - true.done[h]) * ((1 - model.done[h]) if learned is not None else 1)
     return rows
@@ -289,7 +352,7 @@ def show(table: list[dict]) -> str:
 
 
 def plot(table: list[dict], title: str, out: Path) -> None:
-    """The last checkpoint: bias and root mean square error of the targets, state error, cosine, over h."""
+    """The last checkpoint: bias and root mean square error of the targets, state error, gradients, over h."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -298,29 +361,31 @@ def plot(table: list[dict], title: str, out: Path) -> None:
 
     last = max(row["step"] for row in table)
     kinds = list(dict.fromkeys(row["error_of"] for row in table))
-    has_model = "model - simulator" in kinds
-    figure, panels = plt.subplots(
-        1, 4 if has_model else 2, figsize=(13 if has_model else 7, 3), constrained_layout=True
-    )
+    rows = 2 if "model - simulator" in kinds else 1
+    figure, panels = plt.subplots(rows, 3, figsize=(10, 2.7 * rows), layout="constrained", squeeze=False)
+    panels = panels.ravel()
     for kind, colour in zip(kinds, COLOURS, strict=False):
         rows = [row for row in table if row["step"] == last and row["error_of"] == kind]
         h, bias, se = (np.array([row[name] for row in rows]) for name in ("h", "bias", "bias_se"))
+        column = lambda name, rows=rows: [row.get(name, math.nan) for row in rows]
         panels[0].plot(h, bias, color=colour, label=kind.replace("-", "−"))
         panels[0].fill_between(h, bias - 1.96 * se, bias + 1.96 * se, color=colour, alpha=0.2, lw=0)
         panels[1].plot(h, [math.sqrt(max(row["mse"], 0)) for row in rows], color=colour)
+        if kind != "model - returns":
+            panels[2].plot(h, column("action_norm"), color=colour)
         if kind == "model - simulator":
-            panels[2].plot(h, [row.get("state_error", math.nan) for row in rows], color=colour)
-            panels[3].plot(h, [row["cosine"] for row in rows], color=colour)
-    names = [
-        "bias of the target",
-        "r.m.s. error of the target",
-        "state error (deviations)",
-        "cosine of gradients",
-    ]
+            panels[3].plot(h, column("state_error"), color=colour)
+            panels[4].plot(h, column("cosine"), color=colour)
+            panels[5].plot(h, column("action_cosine"), color=colour)
+    names = ["bias of the target", "r.m.s. error of the target", "norm of the action gradient"]
+    names += ["state error (deviations)", "cosine: critic's gradients", "cosine: action gradients"]
     for axes, name in zip(panels, names, strict=False):
         axes.set(xlabel="imagined steps h", title=name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[2].set_yscale("log")
+    for axes in panels[4:]:
+        axes.set_ylim(-1.05, 1.05)
     panels[0].axhline(0, color="black", lw=0.8)
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}, checkpoint of step {last}", fontsize=11)

@@ -65,7 +65,7 @@ def lqr_starts(number: int):
     return simulator, starts
 
 
-class Shifted(errors.TrueSimulator):
+class Shifted(errors.SimulatorWithGradient):
     """A model that is wrong by 0.3 in every reward."""
 
     def step(self, action):
@@ -83,11 +83,65 @@ def table(bias: float, learned, horizon: int = 4, number: int = 64, std: float =
 
 
 def test_perfect_model_has_no_error():
-    rows = table(0.0, errors.TrueSimulator)
+    rows = table(0.0, errors.SimulatorWithGradient)
     for h in range(5):
         row = rows["model - simulator", h]
         assert row["bias"] == row["variance"] == row["mse"] == row["state_error"] == 0
         assert row["cosine"] == pytest.approx(1)
+
+
+class Formulas:
+    """The linear system in PyTorch; with sign −1 actions push the other way."""
+
+    sign = 1
+
+    def __init__(self, simulator):
+        pass
+
+    def start(self, obs, rows, ended):
+        self.obs = obs
+
+    def step(self, action):
+        before, units = self.obs, 2 * action + 1
+        self.obs = A * before + self.sign * B * units
+        reward = -(Q * before**2 + RHO * units**2)[:, 0]
+        return self.obs, reward, torch.zeros(len(action))
+
+
+class Mirrored(Formulas):
+    sign = -1
+
+
+def first_step(number: int = 64):
+    """States of lqr_starts, the policy's action there, and (gradients by it of Q, of r + γ Q mirrored)."""
+    obs = lqr_starts(number)[1].next_obs
+    action = ((-K * obs - 1) / 2).requires_grad_()
+    exact = exact_critic(obs, 2 * action + 1, 0.0)
+    model = Mirrored(None)
+    model.start(obs, None, None)
+    after, reward, _ = model.step(action)
+    mirrored = reward + GAMMA * exact_critic(after, -K * after, 0.0)
+    return [torch.autograd.grad(value.sum(), action)[0] for value in (exact, mirrored)]
+
+
+def test_action_gradients_of_a_perfect_model():
+    """With an exact critic it is ∂Q/∂a for every h, by backpropagation and by differences alike."""
+    rows, (exact, _) = table(0.0, Formulas), first_step()
+    for h in range(5):
+        model, simulator = rows["model - simulator", h], rows["simulator - returns", h]
+        assert model["action_cosine"] == pytest.approx(1, abs=1e-3)
+        assert model["action_norm"] == pytest.approx(simulator["action_norm"], rel=0.02)
+        assert simulator["action_norm"] == pytest.approx(exact.square().mean().sqrt().item(), rel=0.02)
+
+
+def test_action_gradient_of_a_wrong_model():
+    """Actions that push the other way: from h = 1 on the gradient is another one, known in closed form."""
+    rows, (exact, mirrored) = table(0.0, Mirrored), first_step()
+    assert rows["model - simulator", 0]["action_cosine"] == pytest.approx(1)
+    cosine = torch.cosine_similarity(exact[:, 0], mirrored[:, 0], dim=0).item()
+    found = rows["model - simulator", 1]
+    assert cosine < 0.9 and found["action_cosine"] == pytest.approx(cosine, abs=0.01)
+    assert found["action_norm"] == pytest.approx(mirrored.square().mean().sqrt().item(), rel=0.01)
 
 
 def test_bias_of_the_critic_is_discounted_once_per_step():
@@ -148,6 +202,9 @@ def test_target_error_of_a_run(algo, horizon, tmp_path):
     kinds = 3 if algo != "sac_ove" and horizon else 1
     assert len(rows) == len(steps) * 4 * kinds and {int(row["step"]) for row in rows} == steps
     assert all(np.isfinite(float(row[name])) for row in rows for name in ("bias", "variance", "mse"))
+    slopes = [row for row in rows if row["error_of"] != "model - returns"]
+    assert all(float(row["action_norm"]) > 0 for row in slopes)
+    assert all(-1.001 <= float(row["action_cosine"]) <= 1.001 for row in slopes if "model" in row["error_of"])
     assert not drawn or (tmp_path / "e.png").stat().st_size > 5000
 
 

@@ -1,5 +1,5 @@
 """How far should one look ahead? The study of Palenicek et al.: expansion by a learned model, by the true
-simulator, and along recorded steps, over horizons.
+simulator, and along recorded steps, over horizons; and the actor's own objective through the true simulator.
 
     python experiments/horizon_study.py run --env-id InvertedPendulum-v5 -- --total-timesteps 6000
     python experiments/curves.py export runs docs/results/horizon
@@ -8,7 +8,7 @@ simulator, and along recorded steps, over horizons.
 `run` starts whatever is not finished yet and resumes what was cut off (as benchmark.sh does); flags after --
 go to every file. H = 0 is sac.py for all of them and runs once per seed. `plot` prints the area under each
 learning curve (the mean of its evaluations after step 0) with a 95 % interval over seeds (Student's t), the
-differences that the claims R1 to R4 speak of, and draws one panel per method, one line per horizon: mean and
+differences that the claims R1 to R5 speak of, and draws one panel per method, one line per horizon: mean and
 standard deviation over seeds. Extra `bench`.
 """
 
@@ -24,6 +24,7 @@ METHODS = {
     "sac_mve": "MVE: learned model",
     "sac_ove": "OVE: true simulator",
     "sac_retrace": "Retrace: no model",
+    "actor": "Actor: gradient through the true simulator",  # sac_ove.py, whose critics do not look ahead
 }
 HORIZONS = [0, 1, 3, 5, 10, 20, 30]
 MARGIN = 0.05  # of the largest area: differences smaller than that are called none
@@ -37,13 +38,15 @@ def jobs_of(
 
     jobs, sac = [], load("sac")
     for horizon in sorted(horizons):
-        algos, flags = (methods, [*extra, "--horizon", str(horizon)])
+        ahead = [method for method in methods if method != "actor"]
+        parts = [(ahead, [*extra, "--horizon", str(horizon)])] if ahead else []
+        if "actor" in methods:
+            parts.append((["sac_ove"], [*extra, "--horizon", "0", "--actor-horizon", str(horizon)]))
         if horizon == 0:  # flags of the other files mean nothing to sac.py
-            algos, flags = (
-                ["sac"],
-                [w for group in split_flags(extra) if has_flag(sac, group[0]) for w in group],
-            )
-        jobs += plan(algos, [env_id], seeds, runs_dir, 1, flags)
+            flags = [word for group in split_flags(extra) if has_flag(sac, group[0]) for word in group]
+            parts = [(["sac"], flags)]
+        for algos, flags in parts:
+            jobs += plan(algos, [env_id], seeds, runs_dir, 1, flags)
     return jobs
 
 
@@ -58,6 +61,8 @@ def read_areas(folder: Path, settings: str = "") -> tuple[dict, dict]:
     curves, others = {}, set()
     for name, runs in read(folder).items():
         method, _, rest = name.partition(", ")
+        if acts := re.fullmatch(r"horizon 0, actor_horizon (.*)", rest):
+            method, rest = "actor", f"horizon {acts[1]}"
         found = re.fullmatch(r"horizon (\d+)(?:, (.*))?", rest)
         horizon, rest = (int(found[1]), found[2] or "") if found else (0, rest)
         if method not in METHODS and method != "sac":
@@ -151,6 +156,9 @@ def questions() -> list[tuple[str, list[tuple[float, tuple[str, int]]]]]:
     found += [("R3: short H, model error costs nothing", [(1, ove(h)), (-1, mve(h))]) for h in (1, 3, 5)]
     found += [("R2: long H, model error costs", [(1, ove(h)), (-1, mve(h))]) for h in (10, 20, 30)]
     found += [("R4: Retrace is on par with MVE", [(1, retrace(h)), (-1, mve(h))]) for h in HORIZONS[1:]]
+    actor = lambda h: ("actor", h)
+    found += [("R5: short H helps the actor", [(1, actor(h)), (-1, actor(0))]) for h in (1, 3, 5)]
+    found += [("R5: long H harms it", [(1, actor(h)), (-1, actor(3))]) for h in (10, 20)]
     return found
 
 

@@ -260,6 +260,9 @@ def test_areas_and_paired_differences(tmp_path):
         ("sac_ove", "horizon-5"): {1: (0, 30, 50), 2: (0, 30, 70)},
         ("sac_mve", "horizon-5"): {1: (0, 20, 40), 2: (0, 30, 50)},
         ("sac_mve", "horizon-5__members-2"): {1: (0, 99, 99)},
+        ("sac_ove", "horizon-0__actor_horizon-3"): {1: (0, 60, 80), 2: (0, 70, 80)},
+        ("sac_ove", "horizon-0__actor_horizon-3__actor_batch-256"): {1: (0, 98, 98)},
+        ("sac_ove", "horizon-5__actor_horizon-3"): {1: (0, 97, 97)},
     })  # fmt: skip
     curves, areas = study.read_areas(tmp_path)
     assert areas["sac_ove", 5] == {"1": 40, "2": 50} and areas["sac_mve", 5] == {"1": 30, "2": 40}
@@ -267,6 +270,9 @@ def test_areas_and_paired_differences(tmp_path):
     assert not any(method == "sac_retrace" for method, _ in curves)
     assert study.paired(areas, [(1, ("sac_ove", 5)), (-1, ("sac_ove", 0))]) == [25, 20]
     assert study.paired(areas, [(1, ("sac_ove", 30)), (-1, ("sac_ove", 0))]) == []
+    assert study.paired(areas, [(1, ("actor", 3)), (-1, ("actor", 0))]) == [55, 45]
+    wider = study.read_areas(tmp_path, "members 2")[1]
+    assert wider["sac_mve", 5] == {"1": 99}
 
 
 def test_settings_beside_the_horizon(tmp_path):
@@ -321,21 +327,22 @@ def test_horizon_figure(tmp_path):
 
 def test_horizon_study_plans_runs_and_skips(tmp_path):
     """H = 0 once per seed, through sac.py; a second call finds everything finished."""
-    flags = ["run", "--runs-dir", tmp_path, "--seeds", "1", "--horizons", "0,1", "--methods", "sac_ove"]
+    flags = ["run", "--runs-dir", tmp_path, "--seeds", "1", "--horizons", "0,1", "--methods", "sac_ove,actor"]
     flags += ["--env-id", "InvertedPendulum-v5", "--workers", 2, "--", "--total-timesteps", 150]
-    flags += ["--learning-starts", 60, "--batch-size", 16, "--hidden", 16, "--eval-episodes", 1]
+    flags += ["--learning-starts", 60, "--batch-size", 32, "--hidden", 16, "--eval-episodes", 1]
     flags += ["--num-particles", 2]  # means nothing to sac.py
     first, second = experiment("horizon_study", *flags), experiment("horizon_study", *flags)
     assert first.returncode == second.returncode == 0, first.stderr
-    assert "2 runs, 2 complete, 0 failed" in first.stdout and "2 runs, 2 finished" in second.stdout
+    assert "3 runs, 3 complete, 0 failed" in first.stdout and "3 runs, 3 finished" in second.stdout
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*/args.json")]
-    assert {(r["algo"], r["args"].get("horizon")) for r in records} == {("sac", None), ("sac_ove", 1)}
+    found = {(r["algo"], *(r["args"].get(name) for name in ("horizon", "actor_horizon"))) for r in records}
+    assert found == {("sac", None, None), ("sac_ove", 1, 0), ("sac_ove", 0, 1)}
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["run", "--methods", "sac"], "--methods sac: must be of sac_mve, sac_ove, sac_retrace"),
+        (["run", "--methods", "sac"], "--methods sac: must be of sac_mve, sac_ove, sac_retrace, actor"),
         (["run", "--horizons", "1,-2"], "--horizons -2: must be natural numbers"),
         (["run", "--seeds", ","], "--seeds: must not be empty"),
         (["run", "--workers", 0], "--workers 0: must be at least 1"),

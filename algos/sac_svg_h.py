@@ -79,7 +79,7 @@ class Run:
     eval_every: Count = 1_000  # steps between evaluations (ours; 5 000 is the custom for a million steps)
     eval_episodes: Count = 10  # per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)
     log_every: Count = 100  # steps between TensorBoard points; only then are metrics read and checked (ours)
-    checkpoint_every: Count = 5_000  # steps after which the next episode's end writes a checkpoint (ours)
+    checkpoint_every: Annotated[int | None, (1, math.inf)] = None  # steps; None: 5 000 or 1/50 of the run
     runs_dir: str = "runs"  # parent of the run folders
     resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
@@ -1020,7 +1020,8 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
         self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
         self.episode += count  # only between episodes is the task's state no more than its generator's
-        if self.step - self.saved >= self.args.checkpoint_every and self.step < self.args.total_timesteps:
+        every, total = self.args.checkpoint_every, self.args.total_timesteps
+        if self.saved + (every or max(5_000, total / 50)) <= self.step < total:
             self.save("checkpoint.pt")
 
     def evaluate(self) -> None:  # a row of eval.csv, points in TensorBoard, a line on the screen
@@ -1161,8 +1162,7 @@ def main(learn) -> None:
     sys.path += [os.getcwd(), str(FILE.parents[1])]  # --env-id package.module:Name-v0 finds modules there
     with contextlib.suppress(AttributeError, OSError, TypeError):
         sys.stdout.reconfigure(errors="replace")  # where a console has no ± it shows a question mark
-        for option, size in ((-1, 1 << 28), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
-            ctypes.CDLL(None).mallopt(option, size)  # mapping freed memory anew costs a tenth of an update
+        list(map(ctypes.CDLL(None).mallopt, (-1, -3), (1 << 28, 1 << 25)))  # keep freed memory: 10 %
     list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), (stop, stop)))
     try:
         learn(parse())

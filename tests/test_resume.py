@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,3 +299,29 @@ def test_checkpoint_holds_everything(stepwise, finished, tmp_path):
         assert agent["processes"]["count"] == 20 and 60 < agent["planned"] <= step and agent["report"].all()
     if stepwise == "mbpo":
         assert len(agent["imagined"]["rows"]) > 50 and agent["refit_report"].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "steps"),
+    [
+        (None, 20_000, [5_000, 10_000, 15_000]),
+        (None, 1_000_000, list(range(20_000, 1_000_000, 20_000))),  # each holds the whole replay
+        (300_000, 1_000_000, [300_000, 600_000, 900_000]),
+        (999, 3_000, [1_000, 2_000]),
+    ],
+)
+def test_checkpoints_are_few(every, total, steps):
+    """Episodes of a thousand steps: by default every 5 000 or a fiftieth of the run, whichever is more."""
+    module, found = load("sac"), []
+    args = SimpleNamespace(checkpoint_every=every, total_timesteps=total)
+    ignored = SimpleNamespace(set_postfix_str=lambda *_, **__: None)
+    run = SimpleNamespace(args=args, bar=ignored, log=lambda scalars: None, episode=0, saved=0, step=0)
+
+    def save(name):
+        found.append(run.step)
+        run.saved = run.step
+
+    run.save = save
+    for run.step in range(1_000, total + 1, 1_000):
+        module.RunFolder.end_episode(run, {"r": 0.0, "l": 1_000})
+    assert found == steps

@@ -1,13 +1,16 @@
-"""What an oracle query costs: sac_ove.py's Simulator.step beside a bare call of mujoco.rollout.
+"""What an oracle query costs: sac_ove.py's Simulator.step beside a bare call of mujoco.rollout; and a slope.
 
     python experiments/oracle_speed.py --env-ids HalfCheetah-v5,Hopper-v5 --threads 1 2
 
 A query moves 256 stored states by one environment step: scaled actions, physics, observations, rewards and
 terminations. The bare call does the physics alone, from the same states and warm starts with the same
-actions, in the same number of threads. Medians of alternating rounds, milliseconds.
+actions, in the same number of threads. A slope is Simulator.differentiate of the first --slopes of these
+states, what an actor that looks ahead pays for each imagined step: x + m + 1 queries a state, at once.
+Medians of alternating rounds, milliseconds.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -23,8 +26,8 @@ TASKS = (
 )
 
 
-def measure(env_id: str, batch: int, threads: int, rounds: int) -> tuple[float, float]:
-    """Median milliseconds of a bare rollout and of a query."""
+def measure(env_id: str, batch: int, slopes: int, threads: int, rounds: int) -> tuple[float, float, float]:
+    """Median milliseconds of a bare rollout, of a query and of slopes; NaN where bodies turn freely."""
     from launch import load
 
     oracle, rng = load("sac_ove"), np.random.default_rng(0)
@@ -45,16 +48,19 @@ def measure(env_id: str, batch: int, threads: int, rounds: int) -> tuple[float, 
     control = np.repeat(simulator.copy.env.func(action)[:, None].astype(float), skip, 1)
     datas = [mujoco.MjData(model) for _ in range(threads)]
     pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
-    bare, query = [], []
+    bare, query, slope = [], [], []
     for _ in range(rounds):
         started = time.perf_counter()
         pool.rollout(model, datas, state, control, nstep=skip, initial_warmstart=warm)
         between = time.perf_counter()
         simulator.step(rows, action)
         bare.append(between - started)
-        query.append(time.perf_counter() - between)
+        query.append((after := time.perf_counter()) - between)
+        if model.nq == model.nv:
+            simulator.differentiate(rows[:slopes], action[:slopes])
+            slope.append(time.perf_counter() - after)
     pool.close()
-    return 1e3 * statistics.median(bare), 1e3 * statistics.median(query)
+    return tuple(1e3 * statistics.median(times) if times else math.nan for times in (bare, query, slope))
 
 
 def main() -> int:
@@ -64,6 +70,7 @@ def main() -> int:
     every = ",".join(f"{name}-v5" for name in TASKS.split())
     parser.add_argument("--env-ids", default=every, help="comma-separated (default: all with formulas)")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--slopes", type=int, default=32, help="states, at most --batch (default: 32)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
@@ -71,15 +78,19 @@ def main() -> int:
         if value < 1:
             print(f"error: --{name} {value}: must be at least 1", file=sys.stderr)
             return 2
-    print(f"{'task':>26} {'threads':>8} {'rollout':>9} {'query':>9} {'ratio':>7}")
+    if not 1 <= args.slopes <= args.batch:
+        print(f"error: --slopes {args.slopes}: must be in [1, {args.batch}], the batch", file=sys.stderr)
+        return 2
+    print(f"{'task':>26} {'threads':>8} {'rollout':>9} {'query':>9} {'ratio':>7} {'slope':>9}")
     for env_id in args.env_ids.split(","):
         for threads in args.threads:
             try:
-                bare, query = measure(env_id, args.batch, threads, args.rounds)
+                bare, query, slope = measure(env_id, args.batch, args.slopes, threads, args.rounds)
             except ValueError as error:  # BadInput is one
                 print(f"error: {error}", file=sys.stderr)
                 return 2
-            print(f"{env_id:>26} {threads:>8} {bare:>9.2f} {query:>9.2f} {query / bare:>7.2f}", flush=True)
+            times = f"{bare:>9.2f} {query:>9.2f} {query / bare:>7.2f} {slope:>9.2f}"
+            print(f"{env_id:>26} {threads:>8} {times}", flush=True)
     return 0
 
 

@@ -393,12 +393,15 @@ def test_vaml_speed_prints_ratios():
 
 
 def test_oracle_speed_prints_a_ratio():
-    done = experiment("oracle_speed", "--env-ids", "Hopper-v5", "--threads", 1, "--rounds", 2, "--batch", 8)
+    flags = ["--env-ids", "Hopper-v5,Ant-v5", "--threads", 1, "--rounds", 2, "--batch", 8, "--slopes", 4]
+    done = experiment("oracle_speed", *flags)
     assert done.returncode == 0, done.stderr
-    name, threads, bare, query, ratio = done.stdout.splitlines()[1].split()
-    assert (name, threads) == ("Hopper-v5", "1") and float(bare) > 0 and float(query) > 0 and float(ratio) > 0
+    name, threads, *times = done.stdout.splitlines()[1].split()
+    assert (name, threads) == ("Hopper-v5", "1") and len(times) == 4 and all(float(x) > 0 for x in times)
+    assert done.stdout.splitlines()[2].split()[-1] == "nan"  # its torso turns freely
     for flags, expected in (
         (["--batch", 0], "--batch 0: must be at least 1"),
+        (["--slopes", 9, "--batch", 8], "--slopes 9: must be in [1, 8], the batch"),
         (["--env-ids", "Pendulum-v1"], "must be a task that holds MuJoCo's model"),
         (["--env-ids", "HumanoidStandup-v5"], "must be tasks with batched formulas"),
     ):

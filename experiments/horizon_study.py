@@ -219,13 +219,18 @@ def main() -> int:
     runner.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     runner.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for every file")
     drawer = commands.add_parser("plot")
-    drawer.add_argument("folder", type=Path, help="<folder of exported runs>/<task>")
+    drawer.add_argument("folders", type=Path, nargs="+", help="<folder of exported runs>/<task>, or several")
     drawer.add_argument("--settings", default="", help='beside the horizon, as in "gamma 0.95"')
     drawer.add_argument("--out", type=Path, help="picture; without it only the tables are printed")
     args = parser.parse_args()
     try:
         if args.command == "plot":
-            curves, areas = read_areas(args.folder, args.settings)
+            curves, areas = {}, {}
+            for folder in args.folders:  # each method beside the H = 0 of its own folder
+                found = read_areas(folder, args.settings)
+                if twice := sorted({method for method, _ in curves} & {method for method, _ in found[0]}):
+                    raise ValueError(f"{folder}: must have other methods than the folders before: {twice[0]}")
+                curves, areas = curves | found[0], areas | found[1]
         else:
             if unknown := set(args.methods) - set(METHODS):
                 raise ValueError(f"--methods {unknown.pop()}: must be of {', '.join(METHODS)}")
@@ -247,7 +252,7 @@ def main() -> int:
         return carry_out(jobs, runs_dir, args.workers, args.dry_run)
     print(report(areas))
     if args.out:
-        plot(curves, args.folder.name, args.out)
+        plot(curves, args.folders[0].name, args.out)
     return 0
 
 

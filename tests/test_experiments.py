@@ -325,6 +325,26 @@ def test_horizon_figure(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+@needs("scipy")
+def test_horizon_folders_side_by_side(tmp_path):
+    """Each method is compared with the H = 0 of its own folder; one method in two folders is refused."""
+    write_runs(tmp_path / "a" / "Task", {
+        ("sac_mve", "horizon-0"): {1: (0, 1, 1), 2: (0, 3, 3)},
+        ("sac_mve", "horizon-1"): {1: (0, 5, 5), 2: (0, 6, 6)},
+    })  # fmt: skip
+    write_runs(tmp_path / "b" / "Task", {
+        ("sac", "default"): {1: (0, 10, 10), 2: (0, 20, 20)},
+        ("sac_ove", "horizon-0__actor_horizon-1"): {1: (0, 30, 30), 2: (0, 40, 40)},
+    })  # fmt: skip
+    folders = [tmp_path / name / "Task" for name in "ab"]
+    done = experiment("horizon_study", "plot", *folders)
+    assert done.returncode == 0, done.stderr
+    assert "| sac_mve | 2 ± " in done.stdout and "| actor | 15 ± " in done.stdout
+    assert "| R5: short H helps the actor | ACTOR(1) − ACTOR(0) | 20 ± 0 | above zero |" in done.stdout
+    done = experiment("horizon_study", "plot", folders[0], folders[0])
+    assert done.returncode == 2 and "must have other methods than the folders before: sac_mve" in done.stderr
+
+
 def test_horizon_study_plans_runs_and_skips(tmp_path):
     """H = 0 once per seed, through sac.py; a second call finds everything finished."""
     flags = ["run", "--runs-dir", tmp_path, "--seeds", "1", "--horizons", "0,1", "--methods", "sac_ove,actor"]

@@ -72,7 +72,7 @@ class Run:
     eval_every: Count = 1_000  # steps between evaluations (ours; 5 000 is the custom for a million steps)
     eval_episodes: Count = 10  # per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)
     log_every: Count = 100  # steps between TensorBoard points; only then are metrics read and checked (ours)
-    checkpoint_every: Count = 5_000  # steps after which the next episode's end writes a checkpoint (ours)
+    checkpoint_every: Annotated[int | None, (1, math.inf)] = None  # steps; None: 5 000 or 1/50 of the run
     runs_dir: str = "runs"  # parent of the run folders
     resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
@@ -256,10 +256,12 @@ class ReplayBuffer:
         self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
 
 
-def glorot(module: nn.Module) -> None:
-    """Weights U(±√(6 / (inputs + outputs))), biases 0 (Plappert et al. 2018)."""
+def ensemble_xavier(module: nn.Module) -> None:
+    """Weights U(±√(6 / (members · (inputs + outputs)))), biases 0: the released call counts the members into
+    both fans, so that four of them start with half of Xavier's bound, one alone with Xavier's."""
     for layer in module.layers:
-        bound = math.sqrt(6 / sum(layer.weight.shape[1:]))
+        members, inputs, outputs = layer.weight.shape
+        bound = math.sqrt(6 / (members * (inputs + outputs)))
         nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.zeros_(layer.bias)
 
@@ -312,6 +314,14 @@ def half_squared_error(q: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (q - target).square().mean()
 
 
+def mean_over_models_loss(q: Tensor, target: Tensor, alive: Tensor) -> Tensor:
+    """(4) at imagined pairs: ½ (Q − y)² of the means over M models, as in the released code, weighted by the
+    mean probability to get there: q, target, alive [M, ..] -> scalar."""
+    assert q.shape == target.shape == alive.shape
+    error = q.mean(0) - target.mean(0)
+    return 0.5 * (alive.mean(0) * error.square()).mean()
+
+
 class Imagination(NamedTuple):
     """H imagined steps of M models from B states."""
 
@@ -331,8 +341,8 @@ class Agent:
         hidden, both = [args.hidden] * 3, obs_dim + action_dim
         self.actor = StackedMLP(1, [obs_dim, *hidden, action_dim], layer_norm=False).to(device)
         self.critic = QFunctions(args.critics, [both, *hidden, 1], layer_norm=False).to(device)
-        glorot(self.actor)
-        glorot(self.critic)
+        ensemble_xavier(self.actor)
+        ensemble_xavier(self.critic)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         groups = [
             {"params": list(self.actor.parameters()), "lr": args.actor_lr},
@@ -350,7 +360,7 @@ class Agent:
         self.rewards = StackedMLP(args.reward_members, [parts, *hidden, 1], layer_norm=False).to(device)
         models = (self.transition, self.termination, self.rewards)
         for model in models:
-            glorot(model)
+            ensemble_xavier(model)
         adam = {"lr": args.model_lr, "weight_decay": args.weight_decay, "fused": True, "capturable": fast}
         self.model_optimizer = optim.Adam([p for model in models for p in model.parameters()], **adam)
 
@@ -453,19 +463,18 @@ class Agent:
         return StackedMLP.forward(self.critic, torch.cat([obs, action], 2)).squeeze(2)
 
     def tdk_losses(self, imagined: Imagination, q_end: Tensor) -> Tensor:
-        """(4) at the imagined pairs s_0 .. s_{H−1}, on what remains of the longest target from there, as
-        probably as they are reached; sum over steps."""
-        gamma, horizon, total = self.args.gamma, self.args.horizon, 0.0
-        alive, paid, value = imagined.alive, imagined.rewards.mean(2), q_end[-1].mean(1)  # over r' and l
-        value = (alive[-1] / (alive[-2] + 1e-8)) * value
-        for j in reversed(range(horizon)):
-            target = paid[j] + gamma * value  # of the pair (s_j, a_j), given that s_j is reached: [M, B]
-            dealt = deal(target.numel(), self.args.critics, self.device)
-            pairs = (x[j].flatten(0, 1)[dealt] for x in (imagined.obs, imagined.action))
-            error = self.pair_values(*pairs) - target.flatten()[dealt]
-            total = total + 0.5 * (alive[j].flatten()[dealt] * error.square()).mean()
-            if j > 0:
-                value = (alive[j] / (alive[j - 1] + 1e-8)) * target
+        """(4) at the imagined pairs s_0 .. s_{H−1}, each row with one critic, on what remains of the longest
+        target from there, given that they are reached; sum over steps."""
+        alive, paid = imagined.alive, imagined.rewards.mean(2)  # over r'
+        rest, total = alive[-1] * q_end[-1].mean(1), 0.0  # over l: [M, B]
+        dealt = deal(alive.shape[2], self.args.critics, self.device)
+        pairs = (x[:-1, :, dealt].permute(2, 0, 1, 3, 4) for x in (imagined.obs, imagined.action))
+        q = self.pair_values(*(x.flatten(1, 3) for x in pairs)).view(len(dealt), *paid.shape[:2], -1)
+        for j in reversed(range(len(paid))):
+            rest = alive[j] * paid[j] + self.args.gamma * rest
+            target = rest / (alive[j] + 1e-8)  # of the pair (s_j, a_j), given that s_j is reached: [M, B]
+            found = q[:, j].transpose(0, 1), target[:, dealt], alive[j][:, dealt]  # [M, L, B / L] each
+            total = total + mean_over_models_loss(*found)
         return total
 
     def fit_ensembles(self, batch: Batch) -> dict[str, Tensor]:
@@ -775,7 +784,8 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
         self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
         self.episode += count  # only between episodes is the task's state no more than its generator's
-        if self.step - self.saved >= self.args.checkpoint_every and self.step < self.args.total_timesteps:
+        every, total = self.args.checkpoint_every, self.args.total_timesteps
+        if self.saved + (every or max(5_000, total / 50)) <= self.step < total:
             self.save("checkpoint.pt")
 
     def evaluate(self) -> None:  # a row of eval.csv, points in TensorBoard, a line on the screen
@@ -916,8 +926,7 @@ def main(learn) -> None:
     sys.path += [os.getcwd(), str(FILE.parents[1])]  # --env-id package.module:Name-v0 finds modules there
     with contextlib.suppress(AttributeError, OSError, TypeError):
         sys.stdout.reconfigure(errors="replace")  # where a console has no ± it shows a question mark
-        for option, size in ((-1, 1 << 28), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
-            ctypes.CDLL(None).mallopt(option, size)  # mapping freed memory anew costs a tenth of an update
+        list(map(ctypes.CDLL(None).mallopt, (-1, -3), (1 << 28, 1 << 25)))  # keep freed memory: 10 %
     list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), (stop, stop)))
     try:
         learn(parse())

@@ -179,6 +179,34 @@ def test_a_wrong_model_loses_its_say():
     assert distances[2] < 0.01 < distances[0]
 
 
+# ---------------------------------------------------------------- first weights
+
+
+def test_first_weights_of_ensembles():
+    """The released call counts members into both fans: √(6 / (4 · (3 + 5))) = 0.433, one alone 0.866."""
+    torch.manual_seed(0)
+    for members, bound in ((4, 0.4330127), (1, 0.8660254)):
+        network = steve.StackedMLP(members, [3, 5], layer_norm=False)
+        weights = []
+        for _ in range(200):
+            steve.ensemble_xavier(network)
+            weights.append(network.layers[0].weight.detach().abs().flatten())
+        weights = torch.cat(weights)
+        assert 0.99 * bound < weights.max() <= bound and not network.layers[0].bias.any()
+        assert weights.mean().item() == pytest.approx(bound / 2, rel=0.05)
+
+
+def test_every_network_starts_with_the_released_bound():
+    """Half of Xavier's for four critics, models and rewards, Xavier's for the one actor."""
+    torch.manual_seed(0)
+    agent = make_agent(3, 2, members=4, reward_members=4, critics=4)
+    for name in ("actor", "critic", "transition", "termination", "rewards"):
+        for layer in getattr(agent, name).layers:
+            members, inputs, outputs = layer.weight.shape
+            bound = math.sqrt(6 / (inputs + outputs)) / (1 if name == "actor" else 2)
+            assert 0.8 * bound < layer.weight.abs().max() <= bound and members in (1, 4)
+
+
 # ---------------------------------------------------------------- imagination
 
 
@@ -402,9 +430,18 @@ def test_tdk_targets_are_what_remains():
     assert agent.tdk_losses(imagined, q_end).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_models_are_averaged_before_the_square():
+    """Models whose Q is 1 and 3 and whose targets are 4 and 0: means 2 and 2, no loss; squares each by each
+    would be ½ (9 + 9) / 2. Means 2 and 5, reached with ¼ and ¾: ½ · ½ · 9."""
+    q = torch.tensor([[1.0], [3.0]])
+    assert steve.mean_over_models_loss(q, torch.tensor([[4.0], [0.0]]), torch.ones(2, 1)).item() == 0
+    reached = torch.tensor([[0.25], [0.75]])
+    assert steve.mean_over_models_loss(q, torch.tensor([[4.0], [6.0]]), reached).item() == 2.25
+
+
 @torch.no_grad()
 def test_tdk_of_ensembles_by_plain_loops(monkeypatch):
-    """Two models, rewards and critics: means over r' and l, pairs of each m dealt to critics."""
+    """Two models, rewards and critics: means over r', l and, before the square, m; a critic for each row."""
     agent = make_agent(1, 1, horizon=2, members=2, reward_members=2, critics=2, tdk=True, gamma=0.5)
     torch.manual_seed(0)
     obs, action = torch.randn(3, 2, 4, 1), torch.randn(3, 2, 4, 1)
@@ -415,15 +452,17 @@ def test_tdk_of_ensembles_by_plain_loops(monkeypatch):
     agent.pair_values = lambda obs, action: critics * (obs + 3 * action).squeeze(2)
     total = 0.0
     for j in range(2):
-        errors = []
-        for m, b in itertools.product(range(2), range(4)):
-            last = 0.5 * (alive[2, m, b] / alive[1, m, b]) * q_end[2, m, :, b].mean()
-            target = paid[1, m, :, b].mean() + last  # of s_1
-            if j == 0:
-                target = paid[0, m, :, b].mean() + 0.5 * (alive[1, m, b] / alive[0, m, b]) * target
-            q = critics[(4 * m + b) // 4, 0] * (obs[j, m, b, 0] + 3 * action[j, m, b, 0])
-            errors.append(0.5 * alive[j, m, b] * (q - target) ** 2)
-        total += sum(errors) / len(errors)
+        for b in range(4):
+            found, targets = [], []
+            for m in range(2):
+                last = 0.5 * (alive[2, m, b] / alive[1, m, b]) * q_end[2, m, :, b].mean()
+                target = paid[1, m, :, b].mean() + last  # of s_1
+                if j == 0:
+                    target = paid[0, m, :, b].mean() + 0.5 * (alive[1, m, b] / alive[0, m, b]) * target
+                targets.append(target)
+                found.append(critics[b // 2, 0] * (obs[j, m, b, 0] + 3 * action[j, m, b, 0]))
+            error = sum(found) / 2 - sum(targets) / 2
+            total += 0.5 * alive[j, :, b].mean() * error**2 / 4
     found = agent.tdk_losses(steve.Imagination(obs, action, paid, alive), q_end)
     assert found.item() == pytest.approx(total.item(), rel=1e-4)
 

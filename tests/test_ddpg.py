@@ -314,12 +314,13 @@ FULL = {
     "Walker2d-v5": {},
     "HalfCheetah-v5 ": {"frame_skip": 2, "ctrl_cost_weight": 0.5},
 }
+WHOLE = {"exclude_current_positions_from_observation": False}
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", [*FULL, "experiments.suites:mve/Walker2d-v0"])
 def test_known_rewards_are_the_tasks(name):
     """1 000 random steps: float32 formulas agree with env.step up to rounding of the position over dt."""
-    env = gym.make(name.strip(), exclude_current_positions_from_observation=False, **FULL[name])
+    env = gym.make(name.strip(), **(FULL[name] | WHOLE if name in FULL else {}))
     formula, rows = mve.known_reward(env, torch.device("cpu")), []
     env.action_space.seed(0)
     obs, _ = env.reset(seed=0)
@@ -331,6 +332,17 @@ def test_known_rewards_are_the_tasks(name):
     delta, action, next_obs, reward = (np.array(x) for x in zip(*rows, strict=True))
     found = formula(*(torch.tensor(x) for x in (delta, action.astype(np.float64), next_obs)))
     assert np.allclose(found.numpy(), reward, atol=1e-6)
+
+
+def test_imagined_walkers_are_paid_for_being_there_as_their_task_pays():
+    """A fallen state: the paper's Walker2d pays its bonus of 1 all the same, Gymnasium's does not."""
+    fallen, still = torch.tensor([[0.0, 0.3, 1.5] + [0.0] * 15]), torch.zeros(1, 6)
+    found = {}
+    for name, options in {"experiments.suites:mve/Walker2d-v0": {}, "Walker2d-v5": WHOLE}.items():
+        found[name[-2:]] = mve.known_reward(gym.make(name, **options), torch.device("cpu"))(
+            torch.zeros(1, 18), still, fallen
+        )
+    assert found["v0"].item() == 1 and found["v5"].item() == 0
 
 
 @pytest.mark.parametrize("name", ["HalfCheetah-v5", "Pendulum-v1", "Hopper-v5"])

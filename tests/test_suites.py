@@ -9,7 +9,8 @@ from tests.conftest import load, run
 SIZES = {
     "poplin/Ant-v0": 27, "poplin/Cheetah-v0": 17, "poplin/Hopper-v0": 11, "poplin/Swimmer-v0": 9,
     "poplin/Walker2d-v0": 17, "pets/Cheetah-v0": 19, "mbpo/Ant-v0": 27, "mbpo/HalfCheetah-v0": 17,
-    "mbpo/Hopper-v0": 11, "mbpo/Humanoid-v0": 45, "mbpo/Walker2d-v0": 17,
+    "mbpo/Hopper-v0": 11, "mbpo/Humanoid-v0": 45, "mbpo/Walker2d-v0": 17, "mve/HalfCheetah-v0": 18,
+    "mve/Swimmer-v0": 10, "mve/Walker2d-v0": 18, "pets/CartPole-v0": 4,
 }  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def steps(name: str, number: int):
 
 def test_all_are_here():
     make("poplin/Hopper-v0")
-    assert {n for n in gym.registry if n.startswith(("poplin/", "pets/", "mbpo/"))} == set(SIZES)
+    assert {n for n in gym.registry if n.startswith(("poplin/", "pets/", "mbpo/", "mve/"))} == set(SIZES)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -42,7 +43,7 @@ def test_sizes_and_episode_length(name):
     assert obs.shape == env.observation_space.shape == (SIZES[name],) and obs.dtype == np.float64
     again = make(name)
     assert np.array_equal(again.reset(seed=0)[0], obs)
-    assert env.spec.max_episode_steps == 1000
+    assert env.spec.max_episode_steps == (200 if name == "pets/CartPole-v0" else 1000)
 
 
 HEIGHTS = {"Ant": (13, 0.57), "Hopper": (5, 1.3), "Walker2d": (8, 1.3), "Cheetah": (8, None)}
@@ -80,6 +81,16 @@ def test_poplin_swimmer_rewards_the_tip_velocity_of_the_step_before():
         last = 0.0 if truncated else next_obs[8]
 
 
+def test_pets_cart_pole():
+    """exp(−d²/0.36) − 0.01 u² of the state after, d from the tip to its place; never ends."""
+    for _, _, action, after, next_obs, reward, terminated, _ in steps("pets/CartPole-v0", 250):
+        (x, angle), velocities = after[:2]
+        tip = np.array([x - 0.6 * np.sin(angle), -0.6 * np.cos(angle)])
+        expected = np.exp(-((tip - [0, 0.6]) ** 2).sum() / 0.36) - 0.01 * (action**2).sum()
+        assert reward == pytest.approx(expected, abs=1e-9) and not terminated
+        assert np.array_equal(next_obs, [x, angle, *velocities])
+
+
 def test_pets_cheetah():
     first = True
     for step in steps("pets/Cheetah-v0", 1100):
@@ -91,6 +102,32 @@ def test_pets_cheetah():
         assert np.array_equal(next_obs[4:], np.concatenate([after[0][3:], after[1]]))
         assert not first or np.abs(before[0][3:]).max() < 0.01  # the small reset noise
         first = truncated
+
+
+def test_pets_cheetah_starts_at_normal_deviations():
+    """N(0, 0.001²) on positions and velocities: a uniform ± 0.001 has deviation 0.00058 and no tails."""
+    env = make("pets/Cheetah-v0")
+    task, starts = env.unwrapped, []
+    for seed in range(400):
+        env.reset(seed=seed)
+        starts.append(np.concatenate([task.data.qpos - task.init_qpos, task.data.qvel - task.init_qvel]))
+    noise = np.array(starts)
+    assert np.allclose(noise.std(0), 1e-3, rtol=0.15) and np.abs(noise.mean(0)).max() < 2e-4
+    outside = (np.abs(noise) > 1e-3).mean(0)
+    assert np.allclose(outside, 0.3173, atol=0.1) and np.abs(np.corrcoef(noise.T) - np.eye(18)).max() < 0.25
+    obs, info = env.reset(seed=3)
+    assert info["x_position"] == task.data.qpos[0] != 0 and obs[1] == task.data.qpos[1]
+
+
+def test_mve_walker_is_paid_on_the_last_step_too():
+    """Δx/dt + 1 − 0.001 ‖u‖² on every step, also on the one that ends the episode."""
+    ends = 0
+    for before, obs, action, after, _, reward, terminated, _ in steps("mve/Walker2d-v0", 500):
+        expected = (after[0][0] - before[0][0]) / 0.008 + 1 - 1e-3 * (action**2).sum()
+        assert reward == pytest.approx(expected, abs=1e-6)
+        assert np.array_equal(obs, np.concatenate([before[0], before[1].clip(-10, 10)]))
+        ends += terminated
+    assert ends > 5
 
 
 COSTS = {"Hopper": 1e-3, "Walker2d": 1e-3, "HalfCheetah": 0.1}
@@ -136,13 +173,14 @@ def test_mbpo_three_dimensional_tasks(name, bonus):
 
 
 def test_walker_has_the_old_feet():
-    envs = {"old": make("mbpo/Walker2d-v0"), "also old": make("poplin/Walker2d-v0")}
+    envs = {name: make(f"{name}/Walker2d-v0") for name in ("mbpo", "poplin", "mve")}
     envs["new"] = gym.make("Walker2d-v5")
     feet = {}
     for name, env in envs.items():
         model = env.unwrapped.model
         feet[name] = [model.geom(f"foot{side}_geom").friction[0] for side in ("", "_left")]
-    assert feet == {"old": [0.9, 1.9], "also old": [0.9, 1.9], "new": [1.9, 1.9]}
+    old = [0.9, 1.9]
+    assert feet == {"mbpo": old, "poplin": old, "mve": old, "new": [1.9, 1.9]}
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name != "poplin/Swimmer-v0"])

@@ -231,6 +231,9 @@ class Batch(NamedTuple):
     terminated: Tensor  # [B]
 
 
+LOOKED_AT = 100_000  # transitions at most that a refresh of the normaliser, or a diagnosis, goes through
+
+
 class ReplayBuffer:
     """Ring of transitions in float32, with each one's episode; BadInput if memory is too small for it."""
 
@@ -340,10 +343,20 @@ def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
     return ((target - mean).square() * (-log_var).exp() + log_var).sum(2)
 
 
+def some_places(size: int, most: int, device: torch.device) -> Tensor:
+    """Distinct places below `size`, in order: all or, at a cost that `most` bounds, that many at random."""
+    places = torch.arange(min(size, 2 * most), device=device)
+    if size > 2 * most:  # so many draws have more than `most` distinct ones
+        places = torch.randint(size, (2 * most,), device=device).unique()
+    if size > most:
+        places = places[torch.randperm(len(places), device=device)[:most]].sort().values
+    return places
+
+
 def held_out_windows(buffer: ReplayBuffer, length: int) -> Tensor:
     """First places of up to 256 random windows of `length` transitions inside one held-out episode: [W]."""
     oldest = buffer.added % buffer.size if buffer.added > buffer.capacity else 0
-    age = torch.arange(max(buffer.size - length + 1, 0), device=buffer.rows.device)
+    age = some_places(max(buffer.size - length + 1, 0), LOOKED_AT, buffer.rows.device)
     first, last = (oldest + age) % buffer.size, (oldest + age + length - 1) % buffer.size
     whole = buffer.episode[first] == buffer.episode[last]
     found = first[whole & held_out(buffer.episode[first])]
@@ -493,9 +506,10 @@ class Agent:
         """The model's gradient steps of this environment step; its normaliser changes only before them."""
         args, first = self.args, step == self.args.learning_starts + 1
         if first or step % args.normalize_every == 0:
-            train = (~held_out(buffer.episode[: buffer.size])).nonzero().squeeze(1)
-            if len(train):
-                self.model.fit_normalizer(buffer[train].obs)
+            at = some_places(buffer.size, LOOKED_AT, self.device)
+            at = at[~held_out(buffer.episode[at])]
+            if len(at):
+                self.model.fit_normalizer(buffer.rows[:, : len(self.model.mean)].index_select(0, at))
         updates = args.model_updates or min(4, -(-buffer.size // 32_768))
         for _ in range(updates + first * args.model_warm_up):
             at = buffer.sample(args.members * args.batch_size)  # a minibatch for each member

@@ -257,9 +257,8 @@ class Normalizer(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         return (obs - self.mean) / self.std if self.used else obs
 
-    def update(self, obs: np.ndarray) -> None:
-        """Welford's recursion with one observation [n]."""
-        obs = torch.as_tensor(obs, dtype=torch.float64, device=self.mean.device)
+    def update(self, obs: Tensor) -> None:
+        """Welford's recursion with one observation [n], float64."""
         self.seen += 1
         delta = obs - self.exact_mean
         self.exact_mean += delta / self.seen
@@ -521,14 +520,14 @@ class ReplayBuffer:
 
 
 class ObservingReplay(ReplayBuffer):
-    """A replay that shows a normaliser every observation stepped from, whether the ring keeps it or not."""
+    """A replay that shows its agent every observation stepped from, whether the ring keeps it or not."""
 
-    def __init__(self, normalizer: Normalizer, *sizes):
+    def __init__(self, agent, *sizes):
         super().__init__(*sizes)
-        self.normalizer = normalizer
+        self.agent = agent
 
     def add(self, obs, *rest) -> None:
-        self.normalizer.update(obs)
+        self.agent.see(torch.as_tensor(obs, dtype=torch.float64, device=self.agent.device))
         super().add(obs, *rest)
 
 
@@ -565,7 +564,7 @@ class Rollout(NamedTuple):
 class Agent:
     """Soft actor-critic whose actor climbs the value of H steps through a learned model."""
 
-    captured = ("policy", "learn", "fit_dynamics")  # tensors in, tensors out: CUDA graphs
+    captured = ("policy", "see", "learn", "fit_dynamics")  # tensors in, tensors out: CUDA graphs
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         self.args, self.sizes, self.device, fast = args, (obs_dim, action_dim), device, device.type == "cuda"
@@ -598,7 +597,11 @@ class Agent:
     def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
         """The replay that `train` fills with steps of env; the normaliser sees each first."""
         sizes = (capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
-        return ObservingReplay(self.actor.normalizer, *sizes) if self.args.normalize else ReplayBuffer(*sizes)
+        return ObservingReplay(self, *sizes) if self.args.normalize else ReplayBuffer(*sizes)
+
+    def see(self, obs: Tensor) -> None:
+        """One more observation [n], float64, for the normaliser: a dozen small operations a step."""
+        self.actor.normalizer.update(obs)
 
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """obs [n] -> action [m] in [−1, 1]; deterministic is tanh of the Gaussian's mean."""

@@ -410,6 +410,16 @@ class ReplayBuffer:
         self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
 
 
+def some_places(size: int, most: int, device: torch.device) -> Tensor:
+    """Distinct places below `size`, in order: all or, at a cost that `most` bounds, that many at random."""
+    places = torch.arange(min(size, 2 * most), device=device)
+    if size > 2 * most:  # so many draws have more than `most` distinct ones
+        places = torch.randint(size, (2 * most,), device=device).unique()
+    if size > most:
+        places = places[torch.randperm(len(places), device=device)[:most]].sort().values
+    return places
+
+
 FIT_REPORT = ("value_error", "value_error_share", "nll", "std", "fit_steps")
 HELD_OUT = 1_000  # transitions at most that judge a fit
 
@@ -567,7 +577,7 @@ class Agent:
         return torch.cat([noise, torch.cat([self.soft_value(*part) for part in parts])[:, None]], 1)
 
     def once_per_fit(self, obs: Tensor, share: float, most: float) -> Tensor:
-        """What of the loss does not depend on the model, at all s' of the replay [N, n]: slopes [N, n] for
+        """What of the loss does not depend on the model, at all s' of the fit [N, n]: slopes [N, n] for
         vagram; ξ and V(s') [N, m + 1] for value-aware losses, unless `most` steps see fewer rows than N."""
         if self.args.model_loss == "vagram":
             return self.value_slopes(obs)
@@ -603,13 +613,18 @@ class Agent:
 
     def fit_until_worse(self, buffer: ReplayBuffer, share: float, epochs: int, most: float) -> None:
         """Gradient steps from where the model stands, until the loss of held-out transitions has not fallen
-        for `patience` epochs, or for `epochs` of them, or `most` steps. The best weights are kept."""
+        for `patience` epochs, or for `epochs` of them, or `most` steps. The best weights are kept. Of a large
+        replay it sees as many transitions as `most` steps draw, so that a fit's cost has a bound."""
         args, first = self.args, not self.model_optimizer.state
-        order = torch.randperm(buffer.size, device=self.device)
+        used = int(min(buffer.size, HELD_OUT + most * args.model_batch))
+        places = some_places(buffer.size, used, self.device)
+        order = torch.randperm(used, device=self.device)
         count = min(buffer.size // 5, HELD_OUT)
         held, train = order[:count], order[count:]
-        n, rows = len(self.model.varying), buffer.rows[: buffer.size]
-        self.model.varying.copy_((rows[:, -1 - n : -1] != rows[:, :n]).any(0))
+        n, rows = len(self.model.varying), buffer.rows[: buffer.size]  # a view where all are used
+        rows = rows if used == buffer.size else rows.index_select(0, places)
+        varying, sampled = (rows[:, -1 - n : -1] != rows[:, :n]).any(0), used < buffer.size and not first
+        self.model.varying.copy_(varying | self.model.varying.bool() if sampled else varying)
         fixed = self.once_per_fit(rows[:, -1 - n : -1], share, most)
         weights = loss_weights(share, self.device)
         judge = self.judge_full if count == HELD_OUT else self.judge
@@ -617,11 +632,11 @@ class Agent:
         for epoch in range(epochs):
             for at in train[torch.randperm(len(train), device=self.device)].split(args.model_batch):
                 fit = self.fit_full if len(at) == args.model_batch else self.fit
-                fit(buffer[at], weights, fixed[at], first and epoch == 0)
+                fit(buffer[places[at]], weights, fixed[at], first and epoch == 0)
                 taken += 1
                 if taken == most:
                     break
-            score = float(judge(buffer[held], weights, fixed[held]))
+            score = float(judge(buffer[places[held]], weights, fixed[held]))
             better = score < best
             if better:
                 best, kept = score, copy.deepcopy(self.model.state_dict())
@@ -629,7 +644,7 @@ class Agent:
             if bad == args.patience or taken == most:
                 break
         self.model.load_state_dict(kept)
-        self.report_fit(buffer[held[:256]], taken)
+        self.report_fit(buffer[places[held[:256]]], taken)
 
     def fit(self, batch: Batch, weights: Weights, fixed: Tensor, first_epoch: bool) -> Tensor:
         """One gradient step of the model; returns the loss before it."""
@@ -663,7 +678,7 @@ class Agent:
         nll = likelihood_loss((batch.next_obs - batch.obs)[None], mean, log_std, varying)[0]
         std = (log_std.exp() * varying).sum() / (varying.sum() * len(batch.obs)).clamp_min(1)
         share = error / value.var(correction=0).clamp_min(1e-8)
-        steps = torch.tensor(float(taken), device=self.device)
+        steps = torch.full((), float(taken), device=self.device)
         self.fit_report.copy_(torch.stack([error, share, nll, std, steps]))
 
     def state_dict(self) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,7 +416,8 @@ def test_normalizer_is_numpys():
     rng = np.random.default_rng(0)
     data = (rng.normal(size=(500, 4)) * [1, 300, 0, 3] + [0, 5, 7, 100]).astype(np.float32)
     normalizer = svg.Normalizer(4)
-    buffer = svg.ObservingReplay(normalizer, 50, 4, 1, torch.device("cpu"))
+    agent = SimpleNamespace(see=normalizer.update, device=torch.device("cpu"))
+    buffer = svg.ObservingReplay(agent, 50, 4, 1, agent.device)
     for row in data:
         buffer.add(row, [0.0], 0.0, row + 1, False, 0)
     mean, std = data.mean(0, dtype=np.float64), data.std(0, ddof=1, dtype=np.float64)

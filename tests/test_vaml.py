@@ -476,6 +476,29 @@ def test_a_later_fit_forgets_the_scores_of_the_one_before(monkeypatch):
         assert weight.item() == 2 * step / 25 - 4
 
 
+def test_a_fit_looks_at_what_it_can_draw_of_a_large_replay(monkeypatch):
+    """20 held-out rows and 3 minibatches of 5 out of 1 000, all distinct, each with its own slopes.
+    A dimension that varied before is not forgotten because these rows hold it constant."""
+    monkeypatch.setattr(vaml, "HELD_OUT", 20)
+    agent, seen = make_agent(2, 1, model_loss="vagram", fit_steps=3, fit_epochs=9, model_batch=5), []
+    buffer = filled_buffer(vaml, 1_000, obs_dim=2)
+    buffer.rows[:, 1] = buffer.rows[:, 5] = 0.45  # s_2 and s'_2
+    original = agent.model_loss
+
+    def model_loss(batch, given, samples, first_epoch, fixed):
+        assert torch.equal(fixed, batch.next_obs)
+        seen.append(batch.next_obs[:, 0].tolist())
+        return original(batch, given, samples, first_epoch, fixed)
+
+    monkeypatch.setattr(agent, "model_loss", model_loss)
+    monkeypatch.setattr(agent, "value_slopes", lambda obs: seen.append(obs[:, 0].tolist()) or obs)
+    agent.model_optimizer.state["begun"] = {}  # not the first fit
+    agent.fit_model_again(buffer, 75)
+    rows = [row for part in seen[1:] for row in part]
+    assert list(map(len, seen)) == [35, 5, 5, 5, 20] and len(set(rows)) == 35 and set(rows) == set(seen[0])
+    assert agent.model.varying.tolist() == [1, 1]
+
+
 def test_dimensions_that_never_change_are_found():
     agent = make_agent(2, 1)
     buffer = filled_buffer(vaml, obs_dim=2)

@@ -30,7 +30,7 @@ TRIALS = [n for n in STEPWISE if "class TrialRun" in (ROOT / "algos" / f"{n}.py"
 ALL, LONG = os.environ.get("FARSIGHT_ALL"), os.environ.get("FARSIGHT_LONG") or os.environ.get("FARSIGHT_ALL")
 LOOPS = ALGOS if ALL else [*(["sac"] if LONG else []), "sac_mve", *EPISODIC]
 long = pytest.mark.skipif(not LONG, reason="takes long: FARSIGHT_LONG=1")
-PARENTS = {n: n.split("_")[0] for n in STEPWISE if "_" in n}  # --horizon 0 of the first is the second
+PARENTS = {n: b for n in STEPWISE if (b := n.split("_")[0]) != n and b in ALGOS}  # which --horizon 0 is
 TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16}
 TINY |= {"hidden": 16, "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70}
 TINY |= {"num-threads": 1, "device": "cpu"}
@@ -44,6 +44,12 @@ TINY_GOAL = {"env-id": "TorqueBall-v0", "num-envs": 2, "updates-per-cycle": 12, 
 TINY_GOAL |= {"model-updates": 3, "model-ready": 100}
 TINY_PILCO = {"horizon": 3, "points": 20, "fit-evaluations": 4, "plan-evaluations": 4, "policy": "rbf"}
 TINY_PILCO |= {"centres": 4, "cost-target": 0, "cost-weights": 1, "start-mean": 0, "start-std": 0.5}
+TINY_PETS = {"horizon": 3, "candidates": 8, "elites": 2, "iterations": 2, "members": 4, "particles": 4}
+TINY_PETS |= {"batch-size": 48}
+TINY_POPLIN = TINY_PETS | {"policy-epochs": 2, "policy-batch": 8}
+TINY_METRPO = {"horizon": 5, "collect-steps": 60, "imagined-steps": 50, "iterations": 6, "starts": 10}
+TINY_METRPO |= {"check-starts": 3, "check-every": 2, "fisher-rows": 40, "members": 3, "fit-epochs": 8}
+TINY_METRPO |= {"worse-share": 0.7, "max-kl": 0.3, "model-lr": 0.2}
 
 
 def family_of(base: str) -> list[str]:
@@ -61,10 +67,11 @@ def load(name: str, path: Path | None = None):
 
 
 def sizes(name: str) -> dict[str, object]:
-    """Of TINY and TINY_MODEL the flags that the file has, TINY_GOAL for goal tasks, TINY_PILCO."""
+    """Of TINY and TINY_MODEL the flags that the file has, TINY_GOAL for goal tasks, TINY_PILCO, TINY_PETS."""
     have = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
     wanted = TINY | TINY_MODEL | (TINY_GOAL if name in EPISODIC else {})
-    wanted |= TINY_PILCO if name == "pilco" else {}
+    wanted |= TINY_PILCO if name == "pilco" else TINY_PETS if name == "pets" else {}
+    wanted |= TINY_METRPO if name == "me_trpo" else TINY_POPLIN if name == "poplin" else {}
     return {flag: value for flag, value in wanted.items() if flag in have}
 
 

@@ -236,6 +236,8 @@ def test_checkpoint_cannot_run_code(loop, finished, tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize(("flag", "value"), [("--seed", 2), ("--gamma", 0.5), ("--total-timesteps", 200)])
 def test_resuming_with_other_arguments_is_refused(loop, flag, value, finished, tmp_path, capsys, monkeypatch):
+    if flag == "--gamma" and "gamma" not in load(loop).Args.__dataclass_fields__:
+        flag, value = "--horizon", 9
     folder = finished(loop, tmp_path)
     error = fails(loop, ["--resume", folder, flag, value], capsys, monkeypatch)
     assert (
@@ -275,5 +277,6 @@ def test_run_that_diverges_names_step_and_tensor(step_loop, tmp_path):
     assert " is " in line or "must be finite" in line
     assert any(name in line for name in ("losses/", "model/", "the agent's action", "weight", "bias")), line
     (folder,) = tmp_path.iterdir()
-    for _, tensor in torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["actor"].items():
+    agent = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
+    for tensor in agent["actor" if "actor" in agent else "model"].values():
         assert tensor.isfinite().all()

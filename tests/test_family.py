@@ -97,6 +97,8 @@ def test_shared_arguments_agree():
 
 
 WITHOUT = {"pilco": {"batch_size", "tau"}}  # it learns from all transitions at once and has no slow copies
+WITHOUT |= {n: {"gamma", "tau"} for n in ("pets", "poplin")}  # sums of H rewards; no slow copies
+WITHOUT |= {"me_trpo": {"batch_size", "tau"}}  # no critic; the model's batch is --model-batch
 
 
 def test_every_file_has_the_flags_of_the_style_page(algo):
@@ -131,10 +133,11 @@ def test_no_file_imports_a_sibling(algo):
         assert not {module.split(".")[0] for module in modules} & own
 
 
-LEARNED = {"pilco": {"actor", "processes"}}  # has no critic
-LOSS = {
-    "pilco": "losses/predicted_cost"
-}  # logged at every point once learning has begun, else losses/qf_loss
+LEARNED = {"pilco": {"actor", "processes"}, "pets": {"model"}, "poplin": {"actor", "model"}}  # no critic
+LEARNED |= {"me_trpo": {"actor", "model"}}
+# Logged at every point once learning has begun, else losses/qf_loss.
+LOSS = {"pilco": "losses/predicted_cost", "pets": "losses/model_loss", "poplin": "losses/model_loss"}
+LOSS |= {"me_trpo": "losses/surrogate"}
 
 
 def test_file_runs_alone_in_an_empty_folder(algo, tmp_path):
@@ -189,6 +192,7 @@ def test_every_file_that_looks_ahead_is_compared():
 
 
 NEEDS = {"--no-actor-expansion": ("--critic-expansion", "tdk")}  # something must look ahead
+NEEDS |= {("poplin", "--least-variance"): ("--search", "actions")}
 NEEDS |= {"vaml-unbiased": ("--samples", "2"), ("steve", "--tdk"): ("--reduction", "last")}
 
 
@@ -279,6 +283,14 @@ NUMBERS += [("--alpha-lr", 1e-2), ("--init-alpha", 0.1), ("--target-entropy", 1.
 NUMBERS += [("--policy", "rbf", "--centres", 5), ("--squash", "gsat"), ("--points", 10), ("--trial-steps", 5)]
 NUMBERS += [("--fit-evaluations", 2), ("--plan-evaluations", 2), ("--angles", "[0]"), ("--start-mean", 1)]
 NUMBERS += [("--start-std", 1), ("--cost-target", 1), ("--cost-weights", 3), ("--cost-width", 2)]
+NUMBERS += [("--candidates", 5), ("--iterations", 1), ("--particles", 8), ("--smoothing", 0.5)]
+NUMBERS += [("--least-variance", 0.3), ("--model-decays", "[1, 1]")]
+NUMBERS += [("--variance", 0.2), ("--policy-epochs", 1), ("--policy-batch", 5)]
+NUMBERS += [("--collect-steps", 40), ("--gae-lambda", 0.5), ("--imagined-steps", 40), ("--max-kl", 0.1)]
+NUMBERS += [("--cg-steps", 1), ("--damping", 1), ("--fisher-rows", 9), ("--check-every", 4), ("--starts", 5)]
+NUMBERS += [("--check-starts", 2), ("--worse-share", 0), ("--policy-patience", 2), ("--held-out", 0.5)]
+NUMBERS += [("--action-noise", 3), ("--parameter-noise", 3), ("--loss-units", "raw"), ("--error-every", 4)]
+NUMBERS += [("--draw-member", "episode"), ("--fresh-every", 5)]
 SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2)]
 SHARED += [("--hidden", 12), ("--batch-size", 12), ("--seed", 5)]
 SHARED += [("--learning-starts", 50), ("--buffer-size", 70)]
@@ -295,12 +307,14 @@ def test_every_number_changes_what_is_learned(name, tmp_path):
             flags.append(flag + NEEDS.get((name, flag[0]), ()))
     same = ("--tdk",) if getattr(load(name).Args, "tdk", False) else ("--no-tdk",)  # is the default
     flags = [flag for flag in flags if flag != same]
-    steps = {"mbpo": 200, "steve": 125}.get(name, 90)  # longer rollouts, slow critics: they begin later
+    later = {"mbpo": 200, "steve": 125, "me_trpo": 125}  # longer rollouts, slow critics, a second outer loop
+    steps = later.get(name, 90)
     short = ("--total-timesteps", steps, "--eval-every", steps, "--eval-episodes", 1, "--log-every", steps)
     short += ("--diagnose-every", steps) if "diagnose-every" in fields else ()
     base = torch.load(run(name, tmp_path / "base", *short) / "final.pt", weights_only=True)["agent"]
     for flag in flags:
         folder = run(name, tmp_path / "other", *short, *flag)
         other = torch.load(folder / "final.pt", weights_only=True)["agent"]
-        pairs = zip(base["actor"].values(), other["actor"].values(), strict=True)
+        part = "actor" if "actor" in base else "model"
+        pairs = zip(base[part].values(), other[part].values(), strict=True)
         assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs), flag

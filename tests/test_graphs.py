@@ -20,12 +20,14 @@ from tests.test_math import played_buffer
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
 FLAGS = {"sac_mve": ("--tdk", "--num-particles", 2), "sac_svg_h": ("--horizon", 2), "steve": (), "td3": ()}
 UNCAPTURED = {"pilco"}  # each of its plans is a search that reads its losses
+CAPTURED = {"pets": {"plan", "fit_step"}}  # has no policy
 ROWS = [(name, FLAGS.get(name, ())) for name in STEPWISE if name not in UNCAPTURED]
 ROWS += [("sac_mve", ("--horizon", 0)), ("ddpg", ("--exploration", "parameter")), ("steve", ("--horizon", 0))]
 ROWS += [("ddpg_mve", ("--exploration", "parameter", "--terminations")), ("sac_retrace", ("--horizon", 0))]
 ROWS += [("sac_svg_h", ("--critic-expansion", kind)) for kind in ("tdk", "one-step")]
 ROWS += [("steve", ("--reduction", kind)) for kind in ("last", "td-lambda")]
 ROWS += [("sac_vaml", ("--model-loss", kind)) for kind in ("mle", "vaml", "vagram")]
+ROWS += [("poplin", ("--distil", "gan"))]
 
 
 class Recorder(TorchDispatchMode):
@@ -131,8 +133,21 @@ def test_every_file_names_what_is_captured(algo):
     if algo in UNCAPTURED:
         assert agent.captured == ()
         return
-    assert {"policy_for" if algo in EPISODIC else "policy", "learn"} <= set(agent.captured)
+    wanted = CAPTURED.get(algo, {"policy_for" if algo in EPISODIC else "policy", "learn"})
+    assert wanted <= set(agent.captured)
     assert all(callable(getattr(agent, name)) for name in agent.captured)
+
+
+def test_observations_reach_the_normaliser_by_a_graph_too(graphs):
+    """Ten observations of two replays, one of them seen by a graph from the fourth on: the same moments."""
+    module, agents, buffers = twins("sac_svg_h")
+    found = graphs(module, agents[1])
+    for number in range(10):
+        for buffer in buffers:
+            buffer.add([float(number)], [0.0], 0.0, [0.0], False, 0)
+    first, second = (agent.actor.normalizer.state_dict() for agent in agents)
+    assert len(found) == 1 and first["seen"] == 210
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_each_signature_has_its_graph_after_three_ordinary_calls(graphs):

@@ -180,7 +180,7 @@ def copied(name: str, folder: Path, old: str = "", new: str = "") -> Path:
 def test_copied_file_that_gained_or_lost_an_argument(loop, tmp_path):
     """Resuming says so in one line, takes the default of what is new, and ends as if it had been there."""
     line = "    capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)\n"
-    more = line + "    patience: Count = 7  # something that this file has gained\n"
+    more = line + "    leniency: Count = 7  # something that this file has gained\n"
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
     flags = [str(x) for x in tiny(loop, "--total-timesteps", 200, "--runs-dir", tmp_path / "runs")]
     for old, new in ((line, more), (more, line)):
@@ -192,9 +192,9 @@ def test_copied_file_that_gained_or_lost_an_argument(loop, tmp_path):
         again = [sys.executable, file, "--resume", folder, "--total-timesteps", "300"]
         done = subprocess.run(again, **options)
         (said,) = [text for text in done.stderr.splitlines() if text.startswith("warning: ")]
-        assert done.returncode == 0 and "patience" in said and "gained (default taken) or lost" in said
+        assert done.returncode == 0 and "leniency" in said and "gained (default taken) or lost" in said
         kept = json.loads((folder / "args.json").read_text())["args"]
-        assert kept.get("patience") == (7 if new == more else None) and kept["total_timesteps"] == 300
+        assert kept.get("leniency") == (7 if new == more else None) and kept["total_timesteps"] == 300
 
 
 def test_other_versions_are_told_and_kept(loop, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,1245 @@
+"""POPLIN: model-based planning around a policy network, Wang and Ba, ICLR 2020, arXiv 1906.08649.
+
+PETS (pets.py) whose cross-entropy method searches perturbations of a policy: of its actions (POPLIN-A) or of
+its weights (POPLIN-P). After each trial the plans are distilled into it, and the next search begins there.
+
+An ensemble of B Gaussian networks predicts Δ = s' − s (and r where the task's formula is unknown); after each
+trial it is refitted to all transitions. Plans see its mean only. With x the features of s that it gets, too:
+
+    L   = Σ_b mean (Δ − μ_b)²/σ_b² + log σ_b² + ½ Σ_l w_l ‖W_bl‖² + 0.01 (Σ max − Σ min)                (1)
+    s'  = s + mean_b μ_b(s, a)                                                                           (2)
+    J   = Σ_{t<H} r(s_t, a_t, s_{t+1}) until the task has ended                                          (3)
+    actions:  a_t = clip(ā_t + ω_t),  ā_t = π(s̄_t),  s̄ what the policy alone would lead to: open loop   (4a)
+    replan:   a_t = clip(π(s_t) + ω_t) along each candidate's own states: closed loop                    (4b)
+    weights:  a_t = clip(π_{W+ω_t}(s_t));  weights-uniform: one ω for all t                              (4c)
+    ω_t = m_t + √v_t ε,   ε ~ N(0, 1) within ±2,   and over the K candidates of highest J:
+    m  ← α m + (1 − α) mean ω,   v ← α v + (1 − α) var ω;  on actions while max v > ε_v                  (5)
+    a   = a_0 at s with m_0;  the next search begins at (m_1, .., m_{H−1}, 0), uniform at m, with v_0    (6)
+    π_W(x) = W₂ tanh(W₁ z + b₁) + b₂ clipped to ±1,   z = (x − mean)/deviation of all x so far           (7)
+    average:  W ← W + mean of the m_0 that were executed                                                 (8a)
+    bc:       min_W mean (π_W(x) − a)² over the (x, a) executed in the trial                             (8b)
+    gan:      L_D = −mean log D(x, a) − mean log(1 − D(x, ã)) − 1e-3 mean entropy(D),
+              L_W = −mean log D(x, ã),   ã = π_{W+ω}(x),   ω ~ √v_0 N(0, 1) within ±2                    (8c)
+
+The authors' code sets W to the mean in (8a) where the paper adds it, trains (8b) on held-out rows, too, stops
+by the error of every fifth epoch against that of the one before, and executes actions beyond ±1: not here.
+
+    python algos/poplin.py                     # POPLIN-P on InvertedPendulum-v5
+    python algos/poplin.py --search actions --env-id experiments.suites:pets/CartPole-v0   # POPLIN-A
+    python algos/poplin.py --resume runs/<run>   # goes on where it stopped and ends in the same bits
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Count = Annotated[int, (1, math.inf)]  # the pair is the allowed range
+Natural = Annotated[int, (0, 2**31 - 1)]
+Width = Annotated[int, (1, 65_536)]
+Fraction = Annotated[float, (0, 1)]
+Rate = Annotated[float, (0, math.inf)]
+
+
+@dataclass
+class TrialRun:
+    """The task, the loop around the agent and what it leaves on disk, for learners by trials."""
+
+    env_id: str = "InvertedPendulum-v5"  # Gymnasium id; package.module:Name-v0 imports what registers it
+    env_kwargs: str = "{}"  # JSON of the arguments of the task's constructor, as '{"frame_skip": 2}'
+    seed: Natural = 1  # of weights, noise, replay sampling and the task; evaluation uses seed + 100
+    total_timesteps: Count = 2_000  # environment steps, warm-up included
+    learning_starts: Count = 200  # random actions before the first update (ours)
+    buffer_size: Count = 1_000_000  # replay capacity; never more than total_timesteps
+    eval_every: Count = 200  # steps between evaluations (ours)
+    eval_episodes: Count = 5  # per evaluation, deterministic policy (ours)
+    log_every: Count = 10  # steps between TensorBoard points; only then are metrics read and checked (ours)
+    checkpoint_every: Annotated[int | None, (1, math.inf)] = 200  # steps; None: 5 000 or 1/50 of the run
+    runs_dir: str = "runs"  # parent of the run folders
+    resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    cuda_graphs: bool = True  # on a GPU replay the agent's methods as captured graphs: the same bits, faster
+    num_threads: Annotated[int, (1, 1024)] = 2  # CPU threads of PyTorch; a run's exact bits depend on it
+    capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
+
+
+class Encoding(NamedTuple):
+    """How an ensemble sees a task's observation: places in it."""
+
+    angles: tuple[int, ...] = ()  # enter as sine and cosine
+    absolute: tuple[int, ...] = ()  # do not enter, and are predicted themselves, not their change
+
+
+ENCODINGS = {"pets/CartPole": Encoding(angles=(1,)), "pets/Cheetah": Encoding(absolute=(0,))}  # released
+RELEASED_POPLIN = {"horizon": 30, "candidates": 500, "elites": 50, "iterations": 5, "policy_epochs": 100}
+RELEASED_POPLIN |= {"model_layers": 4, "model_hidden": 200, "model_decays": "[2.5e-5, 5e-5, 7.5e-5, 1e-4]"}
+RELEASED_POPLIN |= {"fit_epochs": 5, "policy_episodes": 5, "trial_steps": 1_000, "learning_starts": 1_000}
+RELEASED_POPLIN |= {"total_timesteps": 50_000, "eval_every": 1_000}  # for most tasks
+
+
+@dataclass
+class POPLIN:
+    """The policy, the ensemble and the search around both; released is the authors' code."""
+
+    preset: Literal["laptop", "released"] = "laptop"  # released: the authors' sizes; any flag overrides them
+    search: Literal["actions", "replan", "weights", "weights-uniform"] = "weights"  # what is perturbed, (4)
+    distil: Literal["bc", "average", "gan"] = "bc"  # how plans enter the policy, (8); all but bc need weights
+    horizon: Natural = 20  # H of (3), model steps (ours; released: 30)
+    candidates: Count = 100  # perturbations of an iteration (ours; released: 500)
+    elites: Annotated[int, (1, 1024)] = 10  # K of (5), a tenth of the candidates (released)
+    iterations: Count = 3  # of (5) (ours; released: 5)
+    smoothing: Fraction = 0.1  # α of (5) (released)
+    variance: Annotated[float, (0, 100)] = 0.03  # v_0 (released: actions 0.25; weights 0.1, with bc 0.03)
+    least_variance: Rate = 1e-3  # ε_v of (5), for searches of actions (released)
+    hidden: Width = 32  # units in the policy's hidden layer (released)
+    actor_lr: Rate = 3e-3  # Adam step size of policy and discriminator (released)
+    policy_epochs: Count = 60  # most passes over a trial's pairs in (8b), (8c) (ours; released: 100, gan 40)
+    policy_batch: Count = 64  # pairs in a gradient step of (8b), (8c) (released)
+    policy_episodes: Count = 1  # of the policy alone after each trial, for a metric (ours; released: 5)
+    rewards: Literal["auto", "learned"] = "auto"  # auto: the task's formula where it is known
+    termination_rule: Literal["auto", "learned"] = "auto"  # auto: the task's where known, else a classifier
+    members: Annotated[int, (1, 1024)] = 5  # networks B in the ensemble (released)
+    model_layers: Annotated[int, (1, 64)] = 3  # hidden layers of each (ours; released: 4)
+    model_hidden: Width = 128  # units in each hidden layer (ours; released: 200)
+    model_lr: Rate = 1e-3  # Adam step size of the model (released)
+    model_decays: str = "[1e-4, 2.5e-4, 5e-4]"  # w of (1), JSON: first layers, then the last (released)
+    fit_epochs: Count = 20  # passes over the replay in a fit (ours; released: 5)
+    batch_size: Count = 32  # transitions of each member in a gradient step of the model (released)
+    trial_steps: Count = 200  # an episode that lasts is learned from after so many steps (released: never)
+
+
+def task_name(env_id: str) -> str:
+    """The id without its module and its version."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+@dataclass
+class Args(TrialRun, POPLIN):
+    """Everything that can be set."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.horizon >= 1, "horizon", self.horizon, "at least 1")
+        most = f"at most --candidates {self.candidates}"
+        require(self.elites <= self.candidates, "elites", self.elites, most)
+        fit = self.distil == "bc" or self.search.startswith("weights")
+        require(fit, "distil", self.distil, f"bc with --search {self.search}: the others need weights")
+        try:
+            decays = json.loads(self.model_decays)
+            fit = len(decays) >= 2 and all(type(w) in (int, float) and 0 <= w < math.inf for w in decays)
+        except (TypeError, ValueError):
+            fit = False
+        require(fit, "model_decays", self.model_decays, "a JSON list of two numbers or more, none negative")
+
+    @classmethod
+    def defaults(cls, given: dict) -> dict:
+        """The dataclass's defaults, one episode an evaluation, then the preset's, then v_0 and epochs by what
+        is searched and how it is distilled."""
+        values = dataclasses.asdict(cls()) | {"eval_episodes": 1}
+        values |= RELEASED_POPLIN if given["preset"] == "released" else {}
+        values |= {"policy_epochs": 40} if given["distil"] == "gan" else {}
+        if (given["search"], given["distil"]) != ("weights", "bc"):
+            values["variance"] = 0.1 if given["search"].startswith("weights") else 0.25
+        return values
+
+
+def truncated_normal(*shape: int, device: torch.device | None = None) -> Tensor:
+    """N(0, 1) given that it is within ±2, by inversion: its variance is 0.774."""
+    bound = math.erf(math.sqrt(2))  # P(|x| < 2)
+    return math.sqrt(2) * torch.erfinv(torch.empty(shape, device=device).uniform_(-bound, bound))
+
+
+class PetsLinear(nn.Module):
+    """Linear layers of one shape as one batched product: [members, B, inputs] -> [members, B, outputs]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        deviation = 1 / (2 * math.sqrt(inputs))  # before truncation, as released
+        self.weight = nn.Parameter(deviation * truncated_normal(members, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class PetsEnsemble(nn.Module):
+    """Diagonal Gaussians over s' − s, and r if `outputs` is n + 1: one network a member, trained together.
+
+    Inputs are features of s, and a, both normalised (in float64, so that a nearly constant one does not
+    blow up); outputs are in the task's units. Log-variances are softly bounded, the bounds learned.
+    """
+
+    def __init__(
+        self, members: int, sizes: tuple[int, int], layers: int, hidden: int, outputs: int, encoding: Encoding
+    ):
+        """Sizes n of obs and m of the action."""
+        super().__init__()
+        obs_dim, action_dim = sizes
+        plain = [i for i in range(obs_dim) if i not in (*encoding.angles, *encoding.absolute)]
+        self.members, self.obs_dim, self.features = members, obs_dim, len(plain) + 2 * len(encoding.angles)
+        sizes = [self.features + action_dim, *[hidden] * layers, 2 * outputs]
+        self.layers = nn.ModuleList(PetsLinear(members, *size) for size in pairwise(sizes))
+        self.max_log_var = nn.Parameter(torch.full((outputs,), 0.5))
+        self.min_log_var = nn.Parameter(torch.full((outputs,), -10.0))
+        self.register_buffer("mean", torch.zeros(sizes[0], dtype=torch.float64))
+        self.register_buffer("std", torch.ones(sizes[0], dtype=torch.float64))
+        kept = torch.tensor([float(i not in encoding.absolute) for i in range(obs_dim)])
+        self.register_buffer("kept", kept, persistent=False)  # [n] 1 where the change is predicted
+        for name, places in (("plain", plain), ("angles", encoding.angles)):
+            self.register_buffer(name, torch.tensor(places, dtype=torch.int64), persistent=False)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """obs [.., n] -> features [.., F]."""
+        if len(self.plain) == self.obs_dim:
+            return obs
+        angles = obs.index_select(-1, self.angles)
+        return torch.cat([obs.index_select(-1, self.plain), angles.sin(), angles.cos()], -1)
+
+    def fit_scaler(self, obs: Tensor, action: Tensor) -> None:
+        """Mean and deviation of what obs [N, n], action [N, m] become; a constant input keeps deviation 1."""
+        x = torch.cat([self.encode(obs.double()), action.double()], 1)
+        self.mean.copy_(x.mean(0))
+        std = x.std(0, correction=0)
+        self.std.copy_(torch.where(std < 1e-12, 1.0, std))
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """obs [.., n] -> normalised features [.., F], float32."""
+        at = self.features
+        return ((self.encode(obs) - self.mean[:at]) / self.std[:at]).float()
+
+    def normalize_action(self, action: Tensor) -> Tensor:
+        """action [.., m] -> the same, normalised, float32."""
+        at = self.features
+        return ((action - self.mean[at:]) / self.std[at:]).float()
+
+    def inputs(self, obs: Tensor, action: Tensor) -> Tensor:
+        """obs [.., n], action [.., m] -> what the networks get [.., F + m]."""
+        return torch.cat([self.normalize(obs), self.normalize_action(action)], -1)
+
+    def targets(self, obs: Tensor, next_obs: Tensor, reward: Tensor) -> Tensor:
+        """obs, next_obs [N, n], reward [N] -> what the networks learn [N, outputs]."""
+        change = next_obs - self.kept * obs
+        wide = len(self.max_log_var) > self.obs_dim
+        return torch.cat([change, reward[:, None]], 1) if wide else change
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [E, B, F + m] -> mean and log-variance, each [E, B, outputs]."""
+        for layer in self.layers[:-1]:
+            x = F.silu(layer(x), inplace=True)
+        mean, log_var = self.layers[-1](x).chunk(2, 2)
+        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
+        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
+
+    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [E, B, n], action [E, B, m] -> mean and log-variance, each [E, B, outputs]."""
+        return self.predict(self.inputs(obs, action))
+
+    def advance(self, obs: Tensor, output: Tensor) -> Tensor:
+        """obs [.., n], means or samples of outputs [.., outputs] -> next obs [.., n]."""
+        return torch.addcmul(output[..., : self.obs_dim], self.kept, obs)
+
+
+class Termination(nn.Module):
+    """Logit of the termination of (s, a, s'), observations normalised: [B, n], [B, m], [B, n] -> [B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 64):
+        super().__init__()
+        sizes = [(2 * obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        x = torch.cat([obs, action, next_obs], 1)
+        return self.layers[2](self.layers[1](self.layers[0](x).relu_()).relu_()).squeeze(1)
+
+
+class Policy(nn.Module):
+    """(7) before its clip. Its weights W are one vector, so that every row may have its own."""
+
+    def __init__(self, features: int, actions: int, hidden: int):
+        super().__init__()
+        self.shapes = [(features, hidden), (hidden,), (hidden, actions), (actions,)]
+        first, last = (F.normalize(torch.randn(shape), dim=0) for shape in self.shapes[::2])  # as released
+        parts = (first, torch.zeros(hidden), 0.01 * last, torch.zeros(actions))
+        self.weights = nn.Parameter(torch.cat([part.flatten() for part in parts]))
+        wide = lambda value: torch.full((features,), value, dtype=torch.float64)
+        self.register_buffer("total", wide(0.0))
+        self.register_buffer("squares", wide(0.01))
+        self.register_buffer("count", torch.tensor(0.01, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def observe(self, x: Tensor) -> None:
+        """Add features [N, F] to mean and deviation of all so far; a variance counts as at least 0.01."""
+        self.total += x.double().sum(0)
+        self.squares += x.double().square().sum(0)
+        self.count += len(x)
+        mean = self.total / self.count
+        self.mean.copy_(mean)
+        self.std.copy_(((self.squares / self.count - mean.square()).clamp_min(0.01) + 1e-6).sqrt())
+
+    def perturbed(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Features [B, F], offsets [B, |W|], or [1, |W|] for all, -> actions [B, m] by weights W + offset."""
+        assert offset.shape[0] in (1, x.shape[0]) and offset.shape[1:] == self.weights.shape
+        parts = (self.weights + offset).split([math.prod(shape) for shape in self.shapes], 1)
+        W1, b1, W2, b2 = (part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True))
+        z = (x - self.mean) / self.std
+        hidden = ((z[:, :, None] * W1).sum(1) + b1).tanh()
+        return (hidden[:, :, None] * W2).sum(1) + b2  # (7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, F] -> actions [B, m]."""
+        return self.perturbed(x, torch.zeros_like(self.weights)[None])
+
+
+class Discriminator(nn.Module):
+    """Logit of D of (8c), that a was executed: z [B, F], action [B, m] -> [B]."""
+
+    def __init__(self, features: int, actions: int, hidden: int = 64):
+        super().__init__()
+        sizes = [(features + actions, hidden), (hidden, hidden), (hidden, 1)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+
+    def forward(self, z: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([z, action], 1)
+        for layer in self.layers[:-1]:
+            x = F.leaky_relu(layer(x), 0.2)
+        return self.layers[-1](x).squeeze(1)
+
+
+def known_termination(env: gym.Env):
+    """The task's rule on observations: next obs [B, n] -> done [B], 0 or 1; None for tasks without one here.
+
+    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.suites. Other
+    bounds are unknown; what never terminates never does here.
+    """
+    task = env.unwrapped
+    name, width = type(task).__name__.removesuffix("Env"), env.observation_space.shape[0]
+    widths = {"InvertedPendulum": {4}, "InvertedDoublePendulum": {9}, "Hopper": {11}, "Walker2d": {17}}
+    widths |= {"HalfCheetah": {17}, "Ant": {27, 105}, "Humanoid": {45, 348}}
+    bounds = {"Hopper": ((0.7, math.inf), (-0.2, 0.2)), "Walker2d": ((0.8, 2.0), (-1.0, 1.0))}
+    bounds |= {"Ant": ((0.2, 1.0), None), "Humanoid": ((1.0, 2.0), None)}
+    found = tuple(getattr(task, f"_healthy_{part}_range", None) for part in ("z", "angle"))
+    known = type(task).__module__.endswith("_v5") and width in widths.get(name, ())
+    if not known or found != bounds.get(name, (None, None)):
+        return None
+    if not getattr(task, "_terminate_when_unhealthy", True):
+        return lambda obs: torch.zeros_like(obs[:, 0])
+
+    def rule(obs: Tensor) -> Tensor:
+        height = obs[:, 0]
+        if name == "InvertedPendulum":
+            alive = obs[:, 1].abs() <= 0.2
+        elif name == "InvertedDoublePendulum":  # the tip's height, from sines 1:3 and cosines 3:5
+            angles = torch.atan2(obs[:, 1:3], obs[:, 3:5])
+            alive = 0.6 * (obs[:, 3] + angles.sum(1).cos()) > 1
+        elif name == "Hopper":
+            alive = (obs[:, 1:].abs() < 100).all(1) & (height > 0.7) & (obs[:, 1].abs() < 0.2)
+        elif name == "Walker2d":
+            alive = (height > 0.8) & (height < 2) & (obs[:, 1].abs() < 1)
+        elif name == "Ant":
+            alive = (height >= 0.2) & (height <= 1)
+        elif name == "Humanoid":
+            alive = (height >= 1) & (height <= 2)
+        else:  # HalfCheetah
+            return torch.zeros_like(height)
+        return (~(alive & obs.isfinite().all(1))).to(obs.dtype)
+
+    return rule
+
+
+def reward_function(env: gym.Env, device: torch.device):
+    """The task's reward as a function of (obs [B, n], action [B, m], next obs [B, n]) -> [B], or None.
+
+    Actions are in [−1, 1]. InvertedPendulum-v5, Pendulum, and pets/.. and poplin/.. of experiments.suites; of
+    these only InvertedPendulum ends before its time limit, by `known_termination`.
+    """
+    task, name = env.unwrapped, task_name(env.spec.id if env.spec else "")
+    low, high = (torch.as_tensor(x, device=device) for x in (task.action_space.low, task.action_space.high))
+    cost = lambda action: (low + (action + 1) * (high - low) / 2).square().sum(1)  # of the task's own units
+    if name == "InvertedPendulum" and (rule := known_termination(env)):
+        return lambda obs, action, next_obs: 1 - rule(next_obs)
+    if name == "Pendulum":
+        angle = lambda obs: torch.atan2(obs[:, 1], obs[:, 0])
+        return lambda s, a, _: -(angle(s).square() + 0.1 * s[:, 2].square() + 0.001 * cost(a))
+    if name == "pets/CartPole":  # the squared distance of the pole's tip, at 0.6 m, from upright over 0
+
+        def swing_up(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+            x, angle = next_obs[:, 0], next_obs[:, 1]
+            distance = (x - 0.6 * angle.sin()).square() + (0.6 * angle.cos() + 0.6).square()
+            return (-distance / 0.36).exp() - 0.01 * cost(action)
+
+        return swing_up
+    if name == "pets/Cheetah":
+        forward, control = task._forward_reward_weight, task._ctrl_cost_weight
+        return lambda obs, action, next_obs: forward * next_obs[:, 0] - control * cost(action)
+    if name == "poplin/Swimmer":
+        return lambda obs, action, next_obs: obs[:, 8] - 1e-4 * cost(action)
+    if name.startswith("poplin/"):
+        skip, height = (env.get_wrapper_attr(part) for part in ("skip", "height"))
+        velocity = task.model.nq - skip
+
+        def before(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+            posture = 0.0 if height is None else 1 - 3 * (obs[:, 0] - height).square()
+            return obs[:, velocity] - 0.1 * cost(action) + posture
+
+        return before
+    return None
+
+
+KNOWN_REWARDS = """InvertedPendulum-v5 Pendulum-v1 pets/CartPole-v0 pets/Cheetah-v0 poplin/Ant-v0
+    poplin/Cheetah-v0 poplin/Hopper-v0 poplin/Swimmer-v0 poplin/Walker2d-v0""".split()  # by `reward_function`
+
+
+def endless(next_obs: Tensor) -> Tensor:
+    """The rule of tasks that never end: next obs [B, n] -> zeros [B]."""
+    return torch.zeros_like(next_obs[:, 0])
+
+
+def end_rule(env: gym.Env, device: torch.device):
+    """`known_termination`, and `endless` for the others whose `reward_function` is known; else None."""
+    return known_termination(env) or (endless if reward_function(env, device) else None)
+
+
+def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
+    """Σ_j (target − mean)² / σ² + log σ², log σ² = log_var: [E, B, k] each -> [E, B] (no ½, as released)."""
+    assert mean.shape == log_var.shape == target.shape
+    return ((target - mean).square() * (-log_var).exp() + log_var).sum(2)
+
+
+def layer_decays(given: list[float], layers: int) -> list[float]:
+    """One of each layer: the last is the last's, the others in order, the last but one repeated."""
+    return [*[*given[:-1], *[given[-2]] * layers][: layers - 1], given[-1]]
+
+
+def pets_loss(model: PetsEnsemble, x: Tensor, target: Tensor, decays: list[float]) -> Tensor:
+    """(1): inputs [E, B, F + m], targets [E, B, outputs] -> scalar, a mean over the outputs."""
+    mean, log_var = model.predict(x)
+    nll = gaussian_nll(mean, log_var, target).mean(1).sum() / target.shape[2]
+    size = sum(0.5 * w * layer.weight.square().sum() for w, layer in zip(decays, model.layers, strict=True))
+    return nll + size + 0.01 * (model.max_log_var - model.min_log_var).sum()  # (1)
+
+
+def refitted(mean: Tensor, var: Tensor, elites: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """(5): mean and variance [T, D] drawn by, the K best perturbations [K, T, D] -> new mean and variance."""
+    assert elites.shape[1:] == mean.shape == var.shape
+    centre = elites.mean(0)  # torch.var_mean would take 25 times as long for so many columns
+    spread = (elites - centre).square().mean(0)
+    return torch.lerp(centre, mean, smoothing), torch.lerp(spread, var, smoothing)  # (5)
+
+
+def shifted(plan: Tensor) -> Tensor:
+    """(6): the plan [H, m] a step later, the middle of the range appended."""
+    return torch.cat([plan[1:], torch.zeros_like(plan[:1])])  # (6)
+
+
+def cloning_loss(action: Tensor, target: Tensor) -> Tensor:
+    """(8b): actions [B, m] and those executed [B, m] -> scalar, a mean over rows and dimensions."""
+    assert action.shape == target.shape
+    return (action - target).square().mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """L_D of (8c) of logits [B] of executed and of the policy's actions -> scalar."""
+    assert real.shape == fake.shape
+    logit = torch.cat([real, fake])
+    entropy = F.softplus(logit) - logit.sigmoid() * logit
+    return F.softplus(-real).mean() + F.softplus(fake).mean() - 1e-3 * entropy.mean()  # (8c)
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """L_W of (8c) of logits [B] of the policy's actions -> scalar."""
+    return F.softplus(-fake).mean()
+
+
+class Batch(NamedTuple):
+    """B transitions. `terminated` is 1 only where the task ended the episode, never at a time limit."""
+
+    obs: Tensor  # [B, n]
+    action: Tensor  # [B, m] in [−1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, n] the true successor, never a reset
+    terminated: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """Ring of transitions in float32, with each one's episode; BadInput if memory is too small for it."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        row_bytes = 2 * (4 * sum(self.widths) + 4)  # with its copy in a checkpoint
+        most = int(0.9 * available_memory(device) / row_bytes)
+        require(capacity <= most, "buffer_size", capacity, f"at most {most} in the memory available here")
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.episode = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool, episode: int) -> None:
+        """Store one transition; the oldest goes when the ring is full."""
+        at = self.added % self.capacity
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[at], self.episode[at] = torch.from_numpy(row), episode
+        self.added += 1
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        """The transitions in places `at` [B]."""
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, at).split(self.widths, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Places [batch_size], uniform with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.rows.device)
+
+    def state_dict(self) -> dict:
+        """The filled part, copied: saving a view would save the whole ring."""
+        rows, episode = (x[: self.size].to("cpu", copy=True) for x in (self.rows, self.episode))
+        return {"added": self.added, "rows": rows, "episode": episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: self.size], self.episode[: self.size] = state["rows"], state["episode"]
+
+
+class PolicyControl(NamedTuple):
+    """The policy alone, without a search, as `evaluate` asks for an agent."""
+
+    agent: "Agent"
+
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1]."""
+        obs = torch.as_tensor(np.float32(obs), device=self.agent.device)
+        return self.agent.policy(obs[None], deterministic)[0].cpu().numpy()
+
+
+class Agent:
+    """A policy, an ensemble, and perturbations: what is left of the last plan begins the next."""
+
+    captured = ("decide", "policy", "fit_step", "learn")
+    acting = ("intended", "outlook", "executed")
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.sizes, self.device = args, (obs_dim, action_dim), device
+        known = args.rewards == "auto" and args.env_id.split(":")[-1] in KNOWN_REWARDS
+        encoding, outputs = ENCODINGS.get(task_name(args.env_id), Encoding()), obs_dim + (not known)
+        network = (args.model_layers, args.model_hidden, outputs)
+        self.model = PetsEnsemble(args.members, self.sizes, *network, encoding).to(device)
+        self.decays = layer_decays(json.loads(args.model_decays), args.model_layers + 1)
+        adam = {"lr": args.model_lr, "fused": True, "capturable": device.type == "cuda"}
+        self.model_optimizer = optim.Adam(self.model.parameters(), **adam)
+        self.termination = Termination(self.model.features, action_dim).to(device)
+        self.termination_optimizer = optim.Adam(self.termination.parameters(), **adam)
+        self.actor = Policy(self.model.features, action_dim, args.hidden).to(device)
+        adam["lr"] = args.actor_lr
+        self.actor_optimizer = optim.Adam(self.actor.parameters(), **adam)
+        if args.distil == "gan":
+            self.discriminator = Discriminator(self.model.features, action_dim).to(device)
+            self.discriminator_optimizer = optim.Adam(self.discriminator.parameters(), **adam)
+        width = len(self.actor.weights) if args.search.startswith("weights") else action_dim
+        steps = 1 if args.search == "weights-uniform" else args.horizon
+        self.intended = torch.zeros(steps, width, device=device)  # the means that are left, (6)
+        self.executed = torch.zeros(width + 1, device=device)  # sum of the m_0 since (8), and their number
+        self.outlook = torch.zeros(2, device=device)  # of the last plan: return and deviation
+        self.fitted = torch.zeros(2, device=device)  # of the last fit: loss and error
+        self.distilled = torch.zeros(2, device=device)  # by the last (8): error, return of the policy
+        self.episode = torch.tensor(-1)  # under way at the last fit
+        self.learned = torch.tensor(0)  # transitions added until then
+        self.reward, self.rule, self.seen_task = None, None, False  # what is known, once it has seen the task
+
+    def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
+        """The replay that `train` fills with steps of env; says what of the task is known."""
+        self.look_at(env)
+        reward = "learned" if self.reward is None else "the task's formula"
+        end = "learned" if self.rule is None else "never" if self.rule is endless else "the task's rule"
+        tqdm.write(f"reward: {reward}; termination: {end}")
+        return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0], self.device)
+
+    def look_at(self, env: gym.Env) -> None:
+        """Take what is known of the task; a classifier that it needs no more goes."""
+        self.reward = reward_function(env, self.device) if self.args.rewards == "auto" else None
+        self.rule = end_rule(env, self.device) if self.args.termination_rule == "auto" else None
+        if self.rule is not None and not self.seen_task:
+            del self.termination, self.termination_optimizer
+        self.seen_task = True
+
+    def begin_episode(self) -> None:
+        self.intended.zero_()
+
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """obs [n] -> action [m] in [−1, 1], searched, `deterministic` or not; before the first fit, π's."""
+        if self.episode < 0:
+            return PolicyControl(self).act(obs)
+        if not self.seen_task:  # has been loaded
+            with contextlib.closing(make_env(self.args.env_id, self.args.env_kwargs)) as env:
+                self.look_at(env)
+        obs = torch.as_tensor(np.float32(obs), device=self.device)
+        action, mean, outlook = self.decide(obs, self.intended)
+        self.outlook.copy_(outlook)
+        self.executed.add_(torch.cat([mean[0], torch.ones_like(mean[0, :1])]))
+        self.intended.copy_(mean if self.args.search == "weights-uniform" else shifted(mean))  # (6)
+        return action.cpu().numpy()
+
+    @torch.no_grad()
+    def policy(self, obs: Tensor, deterministic: bool) -> Tensor:
+        """obs [B, n] -> actions [B, m] of the policy alone."""
+        return self.alone(obs)
+
+    def alone(self, obs: Tensor) -> Tensor:
+        """The same, for other captured methods: a graph holds no other."""
+        return self.actor(self.model.encode(obs)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decide(self, obs: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """obs [n], where to begin [T, D] -> action [m], means found [T, D], and of the plan its return and
+        the deviation left [2]; T is H, or 1 where one perturbation serves all steps.
+
+        Where the search has ended iterations go on without effect: a graph has one shape.
+        """
+        args, base = self.args, self.open_loop(obs)
+        var = torch.full_like(mean, args.variance)
+        least = 0.0 if args.search.startswith("weights") else args.least_variance
+        for _ in range(args.iterations):
+            returns, drawn = self.followed(obs, mean, var.sqrt(), base)
+            best = returns.topk(args.elites)
+            elites = torch.stack([perturbation[best.indices] for perturbation in drawn], 1)  # [K, T, D]
+            going = var.amax() > least
+            found = refitted(mean, var, elites, args.smoothing)
+            mean, var = (torch.where(going, new, old) for new, old in zip(found, (mean, var), strict=True))
+        action = self.control(obs[None], mean[:1], base[0])[0]
+        return action, mean, torch.stack([best.values.mean(), var.mean().sqrt()])
+
+    def open_loop(self, obs: Tensor) -> list[Tensor]:
+        """ā of (4a) from obs [n]: H actions [1, m]; where the loop is closed nothing is known beforehand."""
+        state, actions = obs[None], []
+        for _ in range(self.args.horizon if self.args.search == "actions" else 0):
+            actions.append(self.alone(state))
+            state = self.model.advance(state, self.predicted(state, actions[-1]))
+        return actions or [torch.zeros_like(obs[:0])] * self.args.horizon
+
+    def control(self, obs: Tensor, perturbation: Tensor, base: Tensor) -> Tensor:
+        """(4): obs [B, n], perturbations [B, D] and, of an open loop, its action [1, m] -> actions [B, m]."""
+        if self.args.search == "actions":
+            return (base + perturbation).clamp(-1, 1)  # (4a)
+        if self.args.search == "replan":
+            return (self.alone(obs) + perturbation).clamp(-1, 1)  # (4b)
+        return self.actor.perturbed(self.model.encode(obs), perturbation).clamp(-1, 1)  # (4c)
+
+    def predicted(self, obs: Tensor, action: Tensor) -> Tensor:
+        """(2): obs [B, n], action [B, m] -> outputs [B, ..], of the Gaussians' means the mean."""
+        x = self.model.inputs(obs, action).expand(self.args.members, -1, -1)
+        for layer in self.model.layers[:-1]:
+            x = F.silu(layer(x), inplace=True)
+        return self.model.layers[-1](x).chunk(2, 2)[0].mean(0)  # (2)
+
+    def followed(
+        self, obs: Tensor, mean: Tensor, std: Tensor, base: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """N candidates by mean and deviation [T, D], followed from obs [n]: J [N], and T times ω [N, D].
+
+        Each step draws what it needs: of weights N H |W| numbers are many, and copies of them more.
+        """
+        count, drawn, actions, outputs = self.args.candidates, [], [], []
+        states = [obs.expand(count, -1)]
+        for t in range(self.args.horizon):
+            if t < len(mean):
+                noise = truncated_normal(count, mean.shape[1], device=obs.device)
+                drawn.append(torch.addcmul(mean[t], std[t], noise))
+            actions.append(self.control(states[-1], drawn[-1], base[t]))
+            outputs.append(self.predicted(states[-1], actions[-1]))
+            states.append(self.model.advance(states[-1], outputs[-1]))
+        steps = (torch.stack(part) for part in (states, actions, outputs))
+        return self.imagined_return(*steps), drawn
+
+    def imagined_return(self, states: Tensor, actions: Tensor, outputs: Tensor) -> Tensor:
+        """(3): states [H + 1, N, n], actions [H, N, m], outputs [H, N, ..] -> J [N]; diverged: −1e6."""
+        rewards = outputs[:, :, -1]
+        rows = tuple(part.flatten(0, 1) for part in (states[:-1], actions, states[1:]))
+        if self.reward is not None:
+            rewards = self.reward(*rows).view(rewards.shape)
+        if self.rule is not endless:
+            done = self.ends(*rows).view(rewards.shape)
+            rewards = rewards.masked_fill(done.cumsum(0) > done, 0.0)  # has ended in an earlier step
+        total = rewards.sum(0)  # (3)
+        return torch.where(total.isfinite(), total, -1e6)
+
+    def ends(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Whether the step from obs [B, n] to next_obs [B, n] ends the episode [B]: by rule or classifier."""
+        if self.rule is None:
+            return self.predict_termination(obs, action, next_obs) > 0
+        return self.rule(next_obs) > 0
+
+    def predict_termination(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Logit [B] that the step from obs [B, n] to next_obs [B, n] ended the episode."""
+        return self.termination(self.model.normalize(obs), action, self.model.normalize(next_obs))
+
+    def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
+        """Fit and distil where a trial has begun; the figures of the last fit, distillation and plan."""
+        newest = buffer.episode[(buffer.added - 1) % buffer.capacity].cpu()
+        if newest != self.episode or buffer.added - self.learned >= self.args.trial_steps:
+            since = torch.arange(max(int(self.learned), buffer.added - buffer.capacity), buffer.added)
+            trial = buffer[(since % buffer.capacity).to(self.device)]  # what this policy has executed
+            self.fitted.copy_(self.fit_ensemble(buffer[torch.arange(buffer.size, device=self.device)]))
+            self.actor.observe(self.model.encode(trial.obs))
+            if self.episode >= 0:
+                self.distilled[0] = self.distil(trial)
+            alone = dataclasses.replace(self.args, eval_episodes=self.args.policy_episodes)
+            self.distilled[1] = evaluate(PolicyControl(self), alone, step)["return_mean"]
+            self.intended.zero_()  # what is left is of another policy
+            self.executed.zero_()
+            self.episode.copy_(newest)
+            self.learned.fill_(buffer.added)
+        names = ["losses/model_loss", "model/error", "losses/policy_loss", "eval/policy_return"]
+        figures = torch.cat([self.fitted, self.distilled, self.outlook])
+        return dict(zip([*names, "plan/return", "plan/deviation"], figures, strict=True))
+
+    def distil(self, trial: Batch) -> Tensor:
+        """(8) with the n transitions since the last one; its error (8b) where the policy was not trained.
+
+        A fifth is held out. Cloning keeps the weights of the best epoch and ends five epochs after it.
+        """
+        args, count, size = self.args, len(trial.reward), self.args.policy_batch
+        held, used = torch.randperm(count).to(self.device).tensor_split([max(1, count // 5)])
+        error = lambda: cloning_loss(self.alone(trial.obs[held]), trial.action[held]).detach()
+        if args.distil == "average":
+            self.actor.weights.data += self.executed[:-1] / self.executed[-1].clamp_min(1)  # (8a)
+        if args.distil == "average" or not len(used):
+            return error()
+        best, kept, waited = error(), self.actor.weights.detach().clone(), 0
+        for _ in range(args.policy_epochs):
+            places = torch.randperm(-(-len(used) // size) * size).to(self.device) % len(used)  # whole batches
+            for at in used[places].split(size):
+                self.learn(trial.obs[at], trial.action[at])
+            if args.distil == "bc":
+                waited += 1
+                if (now := error()) < best:
+                    best, kept, waited = now, self.actor.weights.detach().clone(), 0
+                elif waited == 5:
+                    break
+        if args.distil == "bc":
+            self.actor.weights.data.copy_(kept)
+        return error()
+
+    def learn(self, obs: Tensor, action: Tensor) -> Tensor:
+        """One gradient step on executed pairs obs [B, n], action [B, m]; the policy's loss before it."""
+        x, args = self.model.encode(obs), self.args
+        if args.distil == "gan":
+            noise = truncated_normal(len(x), len(self.actor.weights), device=obs.device)
+            fake = self.actor.perturbed(x, math.sqrt(args.variance) * noise)
+            z = (x - self.actor.mean) / self.actor.std
+            loss = discriminator_loss(self.discriminator(z, action), self.discriminator(z, fake.detach()))
+            self.discriminator_optimizer.zero_grad()
+            loss.backward()
+            self.discriminator_optimizer.step()
+            loss = generator_loss(self.discriminator(z, fake))
+        else:
+            loss = cloning_loss(self.actor(x), action)  # (8b)
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+        return loss.detach()
+
+    def fit_ensemble(self, batch: Batch) -> Tensor:
+        """Go on training with n transitions, each member on a new bootstrap; last loss and error [2]."""
+        args, model, count = self.args, self.model, len(batch.reward)
+        model.fit_scaler(batch.obs, batch.action)
+        x, target = (
+            model.inputs(batch.obs, batch.action),
+            model.targets(batch.obs, batch.next_obs, batch.reward),
+        )
+        rows = torch.randint(count, (args.members, count), device=self.device)
+        for _ in range(args.fit_epochs):
+            rows = rows.gather(1, torch.rand(rows.shape, device=self.device).argsort(1))
+            losses = []
+            for at in rows.split(args.batch_size, 1):
+                whole_batch = at.shape[1] == args.batch_size  # else no graph: it has another size in each fit
+                fit_step = self.fit_step if whole_batch else lambda *data: type(self).fit_step(self, *data)
+                losses.append(fit_step(x[at], target[at]).clone())
+                if self.rule is None:
+                    self.fit_classifier(Batch(*(part[at[0]] for part in batch)))
+        with torch.no_grad():
+            wrong = model.predict(x.expand(args.members, -1, -1))[0].mean(0) - target
+            error = (wrong.square().mean(0) / target.var(0, correction=0).clamp_min(1e-12)).mean().sqrt()
+        return torch.stack([torch.stack(losses).mean(), error])
+
+    def fit_step(self, x: Tensor, target: Tensor) -> Tensor:
+        """One gradient step on inputs [E, B, F + m] and targets [E, B, outputs]; the loss before it."""
+        loss = pets_loss(self.model, x, target, self.decays)
+        self.model_optimizer.zero_grad()
+        loss.backward()
+        self.model_optimizer.step()
+        return loss.detach()
+
+    def fit_classifier(self, batch: Batch) -> None:
+        """One gradient step of the learned termination."""
+        logit = self.predict_termination(batch.obs, batch.action, batch.next_obs)
+        loss = F.binary_cross_entropy_with_logits(logit, batch.terminated)
+        self.termination_optimizer.zero_grad()
+        loss.backward()
+        self.termination_optimizer.step()
+
+    def state_dict(self) -> dict:
+        """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""
+        parts = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | nn.Module | optim.Optimizer)}
+        return {k: v.detach() if isinstance(v, Tensor) else v.state_dict() for k, v in parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            part = getattr(self, name)
+            part.copy_(value) if isinstance(part, Tensor) else part.load_state_dict(value)
+
+
+def train(args: Args) -> Path:
+    """Start a run, or go on with args.resume; returns its folder.
+
+    Raises BadInput for a mistake, before anything is on disk, and RunFailed for a run that cannot go on.
+    """
+    device, env = prepare(args), make_env(args.env_id, args.env_kwargs)
+    env.reset(seed=args.seed)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(args, obs_dim, action_dim, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps), env)
+    with RunFolder(args, env, agent, buffer, evaluate) as run:
+        obs = begin_episode(env, agent)
+        for step in run.steps():
+            warm_up = step <= args.learning_starts
+            action = 2 * torch.rand(action_dim).numpy() - 1 if warm_up else agent.act(obs)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated, run.episode)
+            metrics = {} if warm_up else agent.update(buffer, step)
+            obs = next_obs
+
+            if step % args.log_every == 0:
+                run.log(metrics | run.speed())
+            if step % args.eval_every == 0 or step == args.total_timesteps:
+                run.evaluate()
+            if terminated or truncated:
+                run.end_episode(info["episode"])
+                obs = begin_episode(env, agent)
+    return run.path
+
+
+def evaluate(agent: Agent, args: Args, step: int, video_dir: Path | None = None) -> dict[str, float]:
+    """Undiscounted return of the deterministic policy, on a task of its own and always from the same seed."""
+    env, episodes = make_env(args.env_id, args.env_kwargs, video_dir), []
+    for episode in range(args.eval_episodes):
+        obs, done = begin_episode(env, agent, None if episode else args.seed + 100), False
+        while not done:
+            obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
+            done = terminated or truncated
+        episodes.append(info["episode"])
+    env.close()
+    returns, lengths = ([float(episode[key]) for episode in episodes] for key in "rl")
+    stats = {"return_mean": np.mean(returns), "return_std": np.std(returns), "length_mean": np.mean(lengths)}
+    return {"step": step} | {k: float(v) for k, v in stats.items()} | {"episodes": args.eval_episodes}
+
+
+# --- the same in every file from here on: checks, task, run folder, graphs, command line ---
+
+BadInput = type("BadInput", (ValueError,), {})  # the user's mistake, or the task's: one line, exit code 2
+RunFailed = type("RunFailed", (RuntimeError,), {})  # cannot go on; exit code 1, its last checkpoint is kept
+FILE, FORMAT, SIGNALS, WARNED = Path(globals().get("__file__", "notebook")).resolve(), 3, [], set()
+ALGO, pytree, whole = FILE.stem, torch.utils._pytree, lambda x: int(f"{float(x):.17g}")  # 1e6 is a count
+warn = lambda text: text in WARNED or WARNED.add(text) or tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:  # or BadInput that says what is
+    if not ok:
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def check(args) -> None:  # types, ranges in their annotation, and one against another
+    options = lambda x: json.dumps(x if isinstance(x, dict) else json.loads(x), sort_keys=True)
+    kinds = {int: whole, float: float, str: os.fspath, bool: {True: True, False: False}.__getitem__}
+    kinds |= {kind | None: lambda x, read=read: x if x is None else read(x) for kind, read in kinds.items()}
+    for field in dataclasses.fields(args):
+        name, value, kind = field.name, getattr(args, field.name), field.type
+        kind, *ranges = get_args(kind) if hasattr(kind, "__metadata__") else [kind]  # of Annotated
+        if words := [word for word in get_args(kind) if isinstance(word, str)]:  # of a Literal
+            require(value in words, name, value, f"one of {', '.join(words)}")
+        elif kind in kinds:  # others are their owner's
+            try:
+                setattr(args, name, value := (options if name == "env_kwargs" else kinds[kind])(value))
+            except (KeyError, TypeError, ValueError):
+                shown = "JSON" if name == "env_kwargs" else f"of type {getattr(kind, '__name__', kind)}"
+                require(False, name, value, shown)
+            for low, high in (x for x in ranges if isinstance(x, tuple) and value is not None):
+                allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+                require(low <= value <= high and value < math.inf, name, value, allowed)
+    batch, warm_up, total = getattr(args, "batch_size", 1), args.learning_starts, args.total_timesteps
+    require(batch <= warm_up, "batch_size", batch, f"at most --learning-starts {warm_up}")
+    require(warm_up < total, "learning_starts", warm_up, f"below --total-timesteps {total}")
+    require(batch <= args.buffer_size, "buffer_size", args.buffer_size, f"at least --batch-size {batch}")
+
+
+def prepare(args) -> torch.device:  # and threads, seed and determinism as the arguments say
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "auto or cpu here: torch finds no CUDA device")
+    WARNED.clear()
+    torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cuda)
+    args.device = "cuda" if cuda else "cpu"  # auto, once decided, is what a resumed run must agree on
+    return torch.device(args.device)
+
+
+def available_memory(device: torch.device) -> float:  # in bytes
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").exists():  # Linux
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**62
+
+
+def finite(name: str, value, error=BadInput, size: int | None = None) -> np.ndarray:  # float32, or the error
+    if SIGNALS:  # here, several times in each step, a signal ends the run
+        raise SystemExit(128 + SIGNALS[0])
+    with np.errstate(over="ignore"), contextlib.suppress(TypeError, ValueError):
+        if size in (None, (result := np.asarray(value, np.float32)).size) and np.isfinite(result).all():
+            return result
+    wide = size in (None, np.size(value))
+    kind = "finite in float32" if wide else f"of size {size}, not of shape {np.shape(value)}"
+    raise error(f"{name} must be {kind}, got {value}")
+
+
+class Boundary(gym.Wrapper):  # what a task says is checked; what it does wrong is named, or warned of
+    taken, length, total = 0, 0, 0.0  # steps in all; those of the episode, and its return
+    longest, see = 100_000, staticmethod(lambda obs: obs)  # steps of an episode of evaluation
+
+    @contextlib.contextmanager
+    def named(self):
+        try:
+            yield
+        except (BadInput, RunFailed):
+            raise
+        except Exception as error:  # tasks fail in many ways
+            api = "; has it the old Gym API, not Gymnasium's?" * isinstance(error, TypeError | ValueError)
+            fault = f"the task failed after {self.taken} steps: {error!r}{api}"
+            raise (RunFailed if self.taken else BadInput)(fault) from error
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        generator, self.length, self.total = getattr(self.unwrapped, "np_random", None), 0, 0.0
+        with self.named():
+            obs, info = self.env.reset(seed=seed, options=options)
+            if seed is None and generator is not getattr(self.unwrapped, "np_random", None):
+                warn("the task renews its generator: without a seed at each reset resume will not be exact")
+                return self.reset(seed=int(torch.randint(2**31, ())), options=options)
+            return (info | {}, self.see(obs))[::-1]  # info first: of the old API it is none
+
+    def step(self, action: np.ndarray) -> tuple:
+        with self.named():
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            finite("the task's reward", reward, size=1)
+            obs, reward = self.see(obs), float(np.asarray(reward).item())
+            if not (terminated in (0, 1) and truncated in (0, 1)):
+                raise BadInput(f"terminated and truncated must be flags, got {terminated} and {truncated}")
+            self.taken, self.length, self.total = self.taken + 1, self.length + 1, self.total + reward
+            if self.length > self.longest:
+                raise BadInput(f"an evaluation's episode exceeds {self.longest} steps: set max_episode_steps")
+            end = {"episode": {"r": self.total, "l": self.length}} if terminated or truncated else {}
+            return obs, reward, bool(terminated), bool(truncated), info | end
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            return super().close()
+        warn("the task's close() failed")
+
+
+def make_env(env_id: str, env_kwargs: str = "{}", video_dir: Path | None = None, raw=False) -> gym.Env:
+    """The task, actions in [−1, 1], numbers flat and float32, or `raw`; with video_dir one can watch it."""
+    try:
+        options = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if video_dir else {})
+        env = gym.make(env_id, disable_env_checker=True, **options)
+        if video_dir:  # tried out before RecordVideo makes its folder
+            env.reset()
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, disable_logger=True)
+    except Exception as error:  # tasks and renderers fail in many ways
+        require(not video_dir, "capture_video", True, f"off where rendering fails: {error!r}")
+        require(False, "env_id", env_id, f"a task that can be made with --env-kwargs {env_kwargs}: {error!r}")
+    Box, box, space = gym.spaces.Box, env.action_space, env.observation_space
+    real = isinstance(box, Box) and np.issubdtype(box.dtype, np.floating)
+    fit = real and 0 < (width := np.subtract(box.high, box.low, dtype=float)).min() <= width.max() < 3.4e38
+    require(fit, "env_id", env_id, f"with a bounded, continuous Box of actions in float32's range, not {box}")
+    low, high = box.low.ravel(), box.high.ravel()  # which the rounding of RescaleAction overshoots
+    fit = lambda a: np.clip(finite("the agent's action", a, RunFailed), low, high).reshape(box.shape)
+    env = gym.wrappers.TransformAction(env, fit, Box(low, high, dtype=box.dtype))
+    env = Boundary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    if not raw:
+        require(isinstance(space, Box), "env_id", env_id, f"with Box observations, not {space} (flatten it)")
+        env.observation_space = Box(-np.inf, np.inf, (math.prod(space.shape),), np.float32)
+        see = lambda obs: finite("the task's observation", obs, size=math.prod(space.shape))
+        env.see = lambda obs: see(obs).flatten()  # a copy: tasks may reuse their array
+    return env
+
+
+def begin_episode(env: gym.Env, agent, seed: int | None = None) -> np.ndarray:
+    return (getattr(agent, "begin_episode", int)(), env.reset(seed=seed)[0])[1]  # told if it remembers
+
+
+def captured(method):  # as CUDA graphs, one a signature; it reads no tensor, and overwrites what it returned
+    graphs, tensors = {}, lambda tree: [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+    alike = lambda x: x.new().set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
+
+    def call(*args):
+        signature = tuple(x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(args))
+        graph = graphs.setdefault(signature, {"ordinary": [1, 2, 3]})
+        if graph["ordinary"] and graph["ordinary"].pop():  # calls, on a side stream as capture demands
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = method(*args)
+            main.wait_stream(side)
+            return result
+        if "graph" not in graph:
+            graph |= {"graph": torch.cuda.CUDAGraph(), "inputs": pytree.tree_map_only(Tensor, alike, args)}
+            with torch.cuda.graph(graph["graph"]):  # executes nothing
+                graph["result"] = method(*graph["inputs"])
+        torch._foreach_copy_(tensors(graph["inputs"]), tensors(args))
+        graph["graph"].replay()
+        return graph["result"]
+
+    return call
+
+
+class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
+    def __init__(self, args, env: gym.Env, agent, buffer, evaluate):
+        self.args, self.env, self.agent, self.buffer, self.evaluation = args, env, agent, buffer, evaluate
+        self.step, self.episode, self.rows, self.saved, self.last_time = 0, 0, [], 0, 0.0
+        self.writer, self.began, self.complete = None, time.perf_counter(), False
+        for name in agent.captured if agent.device.type == "cuda" and args.cuda_graphs else ():
+            setattr(agent, name, captured(getattr(agent, name)))
+        name = f"{args.env_id}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.path = Path(args.resume or Path(args.runs_dir, re.sub(r"[^\w.-]+", "-", name)))
+        self.again = f"to continue: {shlex.join(['python', sys.argv[0], '--resume', str(self.path)])}"
+        resets = (pytree.tree_leaves(env.reset(seed=args.seed)[0]) for _ in range(2))
+        all(map(np.array_equal, *resets)) or warn("the task ignores its seed: resume will not be exact")
+        git = "git describe --always --dirty --abbrev=40"
+        git = subprocess.run(git, shell=True, cwd=FILE.parent, capture_output=True, text=True).stdout
+        self.uses = {m.__name__: str(m.__version__) for m in (torch, np, gym, sys.modules.get("mujoco")) if m}
+        self.uses |= {"python": sys.version.split()[0], "git_commit": git.strip() or None}
+        self.history = [self.uses | {"since_step": 0}]
+        if args.resume:
+            self.restore()
+        else:  # everything that can be wrong is asked before a file is touched
+            self.evaluate()
+            self.save("checkpoint.pt")
+        env.longest, self.last_step, self.last_time = math.inf, self.step, time.perf_counter()
+
+    def __exit__(self, kind, error, trace) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # there is none, or a full disk
+            self.writer.close()
+        self.env.close()
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            print(f"stopped at step {self.step}; {self.again}", file=sys.stderr)
+        if isinstance(error, BadInput | RunFailed | OSError):
+            kind = BadInput if isinstance(error, BadInput) else RunFailed
+            raise kind(f"step {self.step}: {error}; its last checkpoint is kept, {self.again}") from error
+
+    def steps(self, at_once: int = 1):  # the numbers of those that are left to take
+        total, pace = self.args.total_timesteps, 0.5 if sys.stderr.isatty() else 30
+        if self.complete:
+            return print(f"{self.path} is complete: {total} steps")
+        with tqdm(total=total, initial=self.step, mininterval=pace) as self.bar:
+            while self.step < total:
+                self.step += at_once
+                yield self.step
+                self.bar.update(at_once)
+        self.save("final.pt")
+        print(f"done: {self.path}")
+
+    def speed(self) -> dict[str, float]:  # since the last call, evaluations left out
+        steps, took = self.step - self.last_step, time.perf_counter() - self.last_time
+        self.last_step, self.last_time = self.step, time.perf_counter()
+        return {"charts/SPS": steps / took, "time/seconds": self.last_time - self.began}
+
+    def log(self, scalars: dict[str, object]) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value := float(value)):
+                raise RunFailed(f"{name} is {value}")
+            self.writer.add_scalar(name, value, self.step)
+
+    def end_episode(self, episode: dict[str, float], count: int = 1) -> None:
+        self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
+        self.episode += count  # only between episodes is the task's state no more than its generator's
+        every, total = self.args.checkpoint_every, self.args.total_timesteps
+        if self.saved + (every or max(5_000, total / 50)) <= self.step < total:
+            self.save("checkpoint.pt")
+
+    def evaluate(self) -> None:  # a row of eval.csv, points in TensorBoard, a line on the screen
+        before, agent, videos = time.perf_counter(), self.agent, self.path / "videos" / f"step-{self.step}"
+        kept = {name: getattr(agent, name).clone() for name in getattr(agent, "acting", ())}
+        with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + 100)
+            row = self.evaluation(agent, self.args, self.step, videos if self.args.capture_video else None)
+        agent.load_state_dict(kept)
+        self.rows.append(row | {"seconds": round(time.perf_counter() - self.began, 2)})
+        self.write_rows()
+        text = "step {step:>8}  evaluation return {return_mean:9.2f} ± {return_std:.2f}".format(**row)
+        tqdm.write(text + "".join(f"  {name} {row[name]:.2f}" for name in list(row)[4:-1]))
+        tags = {"return_mean": "episodic_return", "length_mean": "episodic_length"}
+        self.log({f"eval/{tags.get(name, name)}": row[name] for name in ("return_mean", *list(row)[3:-1])})
+        self.last_time += (took := time.perf_counter() - before)
+        self.log({"time/evaluation": took})
+
+    def write_rows(self) -> None:  # a run's folder begins with its first row: nothing is left of less
+        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows), ""]
+        self.write("eval.csv", lambda file: file.write("\n".join(lines).encode()))
+        self.writer = self.writer or SummaryWriter(self.path, "", self.step + 1 if self.args.resume else None)
+
+    def write(self, name: str, write) -> None:  # so that the file holds old bytes or new
+        path, temporary = self.path / name, self.path / f"{name}.tmp"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.suffix == ".pt" and path.exists():
+                path.replace(path.with_suffix(".previous.pt"))
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch.save hides a full disk in the latter
+            require(self.writer, "runs_dir", self.path.parent, f"a folder that can be written: {error}")
+            temporary.unlink(missing_ok=True)
+            raise RunFailed(f"cannot write {path}: {error}") from error
+
+    def save(self, name: str) -> None:  # all that the rest of the run depends on
+        agent, rng = self.agent.state_dict(), getattr(self.env.unwrapped, "np_random", None)
+        for keys, leaf in pytree.tree_flatten_with_path(agent)[0]:
+            if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+                raise RunFailed(f"{'.'.join(str(getattr(key, 'key', key)) for key in keys)} is not finite")
+        old = isinstance(rng, np.random.RandomState)
+        task = rng.get_state(legacy=False) if old else getattr(getattr(rng, "bit_generator", 0), "state", 0)
+        state = {"args": dataclasses.asdict(self.args) | {"resume": ""}, "algo": ALGO, "format": FORMAT}
+        state |= {"step": self.step, "episode": self.episode, "rows": self.rows, "history": self.history}
+        state |= {"seconds": time.perf_counter() - self.began, "sizes": self.agent.sizes, "agent": agent}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if self.agent.device.type == "cuda" else None}
+        state |= {"torch_rng": torch.get_rng_state(), "task_rng": json.dumps(task, default=np.ndarray.tolist)}
+        state |= {"buffer": self.buffer.state_dict()}
+        self.writer.flush()
+        self.write(name, lambda file: torch.save(state, file))
+        record = {k: state[k] for k in ("algo", "args", "history")} | self.history[-1]  # for people and tools
+        self.write("args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
+        self.saved = self.step
+
+    def restore(self) -> None:  # BadInput where the run would not be one and the same
+        saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"
+        began, longer = saved["args"], args.total_timesteps > saved["args"]["total_timesteps"]
+        for name, value in (began | {"resume": args.resume}).items():
+            same = getattr(args, name, value) == value or (longer and name == "total_timesteps")
+            allowed = f"{value} as in {self.path}: a resumed run may only get more --total-timesteps"
+            require(same, name, getattr(args, name, value), allowed)
+        if other := ", ".join(sorted(began.keys() ^ vars(args).keys())):
+            warn(f"since {self.path} began its file has gained (default taken) or lost: {other}")
+        self.complete = final.exists() and not longer
+        if self.complete:
+            return
+        try:
+            self.agent.load_state_dict(saved["agent"])
+            self.buffer.load_state_dict(saved["buffer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--resume {self.path}: must fit the task as it is now: {error}") from error
+        self.step, self.episode, self.rows = self.saved, *_ = [saved[k] for k in ("step", "episode", "rows")]
+        self.began, before, now = self.began - saved["seconds"], saved["history"][-1], self.uses
+        if changed := [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]:
+            warn(f"since {self.path} began: {', '.join(changed)}; its last bits may be others")
+        self.history = saved["history"] + [now | {"since_step": self.step}] * bool(changed)
+        if task := json.loads(saved["task_rng"]):
+            rng = self.env.unwrapped.np_random
+            rng.set_state(task) if hasattr(rng, "set_state") else setattr(rng.bit_generator, "state", task)
+        torch.set_rng_state(saved["torch_rng"])
+        torch.cuda.set_rng_state(saved["cuda_rng"]) if args.device == "cuda" else None
+        final.unlink(missing_ok=True)
+        self.write_rows()
+        self.save("checkpoint.pt")  # a run's length and versions are part of it
+
+
+def load(run_dir: str | Path, device: str = "cpu"):
+    """A run's agent, as last saved, and its arguments: agent.act(obs, deterministic=True) is in [−1, 1]."""
+    args, saved = parse(["--resume", str(run_dir)]), load_checkpoint(Path(run_dir), "final.pt")
+    agent = Agent(args, *saved["sizes"], torch.device(device))
+    agent.load_state_dict({name: part for name, part in saved["agent"].items() if hasattr(agent, name)})
+    return agent, dataclasses.replace(args, resume="")
+
+
+def load_checkpoint(run_dir: Path, *better: str) -> dict:  # BadInput if damaged, foreign or none
+    names = [*better, "checkpoint.pt", "checkpoint.previous.pt", "final.pt"]  # killed between two renames
+    path = next((run_dir / name for name in names if (run_dir / name).exists()), run_dir / names[-1])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        found, ours = f"{state['algo']}, format {state['format']}", f"{ALGO}, format {FORMAT}"
+    except Exception:  # missing and damaged files raise many types
+        require(False, "resume", run_dir, "a run folder with a checkpoint.pt; delete it if it is unreadable")
+    require(found == ours, "resume", run_dir, f"a run of {ours}, not {found}")
+    return state
+
+
+def parse(argv: list[str] | None = None):
+    """Args from the command line over a run's own, or what `Args.defaults` makes of it. Raises BadInput."""
+    spec, rules = tyro.constructors.PrimitiveConstructorSpec, tyro.constructors.ConstructorRegistry()
+    count = spec(1, "INT", lambda words: whole(words[0]), lambda x: isinstance(x, int), lambda x: [str(x)])
+    rules.primitive_rule(lambda info: count if info.type is int else None)
+
+    def read(defaults: dict) -> dict:
+        groups = [g(**{f.name: defaults[f.name] for f in dataclasses.fields(g)}) for g in Args.__bases__]
+        kinds = [(type(g).__name__, tyro.conf.OmitArgPrefixes[type(g)]) for g in groups]
+        flags = dataclasses.make_dataclass("Flags", kinds)(*groups)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as box:
+                parsed = tyro.cli(type(flags), args=argv, description=__doc__, default=flags, registry=rules)
+        except SystemExit as stop:
+            text = " ".join(line.strip(" │|╭╮╰╯─+") for line in box.getvalue().splitlines()[1:])
+            raise (BadInput(re.split(" Argument help| For full", text)[0]) if stop.code else stop) from None
+        return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+
+    values = read(dataclasses.asdict(Args()))
+    run, preset = values["resume"], getattr(Args, "defaults", dict)
+    values = load_checkpoint(Path(run))["args"] if run else preset(values)
+    return Args(**read(dataclasses.asdict(Args()) | values))
+
+
+def main(learn) -> None:
+    text = b"stopping; once more to kill\n"  # noted: raised anywhere, an exception can break a lock
+    stop = lambda n, _: (os.write(2, text), SIGNALS.append(n), signal.signal(n, signal.SIG_DFL))
+    sys.path += [os.getcwd(), str(FILE.parents[1])]  # --env-id package.module:Name-v0 finds modules there
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        sys.stdout.reconfigure(errors="replace")  # where a console has no ± it shows a question mark
+        list(map(ctypes.CDLL(None).mallopt, (-1, -3), (1 << 28, 1 << 25)))  # keep freed memory: 10 %
+    list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), (stop, stop)))
+    try:
+        learn(parse())
+    except (BadInput, RunFailed, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__" and "__file__" in globals():  # a notebook's cell calls train itself
+    main(train)

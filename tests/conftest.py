@@ -28,7 +28,7 @@ TRIALS = [n for n in STEPWISE if "class TrialRun" in (ROOT / "algos" / f"{n}.py"
 # The loop is one text in all files (test_family): one of each kind is killed, starved and misled, with
 # FARSIGHT_LONG=1, as in CI, two and what takes long is run as well, and with FARSIGHT_ALL=1 every file.
 ALL, LONG = os.environ.get("FARSIGHT_ALL"), os.environ.get("FARSIGHT_LONG") or os.environ.get("FARSIGHT_ALL")
-LOOPS = ALGOS if ALL else [*(["sac"] if LONG else []), "sac_mve", *EPISODIC]
+LOOPS = ALGOS if ALL else [*(["sac", *EPISODIC] if LONG else []), "sac_mve"]
 long = pytest.mark.skipif(not LONG, reason="takes long: FARSIGHT_LONG=1")
 PARENTS = {n: b for n in STEPWISE if (b := n.split("_")[0]) != n and b in ALGOS}  # which --horizon 0 is
 TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16}

@@ -354,6 +354,6 @@ def test_the_pages_commands(finished, tmp_path):
     assert len(lines) >= 9
     for line in lines:
         words = shlex.split(line.split("watch.py runs/<run>")[1], comments=True)
-        words = " ".join(words).replace("--video videos", "").replace("--no-render", "")
-        words = words.replace("path/to/my_method.py", str(ROOT / "algos" / "sac.py")).split()
+        words = " ".join(words).replace("--video videos", "").replace("--no-render", "").split()
+        words = [str(ROOT / "algos" / "sac.py") if w == "path/to/my_method.py" else w for w in words]
         assert watch.main([str(folder), "--no-render", *words]) == 0

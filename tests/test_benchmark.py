@@ -263,11 +263,13 @@ def test_paths_are_those_of_where_one_stands(launcher, tmp_path, monkeypatch):
     block = '[[runs]]\nalgos = ["sac"]\nenv_ids = ["Pendulum-v1"]\nseeds = [1]\n'
     (tmp_path / "süß.toml").write_text(f'about = "Füße"\n{block}', "utf-8")
     _, out, _ = launcher("--algos", "sac", "--seeds", 1, "--dry-run")
-    assert f" algos/sac.py --env-id InvertedPendulum-v5 --seed 1 --runs-dir {ROOT / 'runs'} " in out
+    runs = shlex.quote(str(ROOT / "runs"))
+    assert f" algos/sac.py --env-id InvertedPendulum-v5 --seed 1 --runs-dir {runs} " in out
     monkeypatch.chdir(tmp_path)
     code, out, _ = launcher("--suite", "süß.toml", "--runs-dir", "läufe", "--dry-run")
     assert code == 0 and out.startswith("Füße\n")
-    assert f" {ROOT / 'algos' / 'sac.py'} --env-id" in out and f"--runs-dir '{tmp_path / 'läufe'}'" in out
+    file, runs = (shlex.quote(str(path)) for path in (ROOT / "algos" / "sac.py", tmp_path / "läufe"))
+    assert f" {file} --env-id" in out and f"--runs-dir {runs}" in out
 
 
 def test_options_are_spelt_as_in_the_files(launcher):
@@ -550,7 +552,9 @@ def test_suite_of_ones_own(tmp_path):
     suite.write_text(text + 'flags = "--horizon 2"\n')
     flags = ("--suite", suite, "--runs-dir", tmp_path / "runs", "--dry-run", "--", "--gamma", "0.5")
     _, out, _ = benchmark(*flags)
-    lines = [line.split("/algos/")[1] for line in out.splitlines() if line.startswith("new ")]
+    lines = [
+        line.split("/algos/")[1].replace("'", "") for line in out.splitlines() if line.startswith("new ")
+    ]
     assert lines[0].startswith("sac.py --env-id Pendulum-v1 --seed 4") and "--horizon" not in lines[0]
     assert lines[1].startswith("sac_mve.py") and "--horizon 2 --gamma 0.5" in lines[1] and len(lines) == 2
     assert not (tmp_path / "runs").exists()

@@ -25,6 +25,7 @@ from tests.conftest import (
     differing,
     evaluations,
     load,
+    long,
     run,
     scalars,
     tiny,
@@ -296,7 +297,7 @@ SHARED += [("--hidden", 12), ("--batch-size", 12), ("--seed", 5)]
 SHARED += [("--learning-starts", 50), ("--buffer-size", 70)]
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", [n if n in LOOPS else pytest.param(n, marks=long) for n in STEPWISE])
 def test_every_number_changes_what_is_learned(name, tmp_path):
     """No option that does nothing: each setting gives other weights than the defaults."""
     fields = {field.name.replace("_", "-"): field.type for field in dataclasses.fields(load(name).Args)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import evaluations, load, run, scalars, tiny
+from tests.conftest import evaluations, load, long, run, scalars, tiny
 from tests.test_math import filled_buffer, recorded
 
 mage, td3 = load("mage"), load("td3")
@@ -279,6 +279,7 @@ def test_what_is_logged(tmp_path):
         assert len(found[tag]) == 12
 
 
+@long
 def test_learns_the_linear_quadratic_task(tmp_path):
     flags = "--env-id tests.tasks:LQR-v0 --total-timesteps 1500 --eval-every 1500 --batch-size 64 --hidden 64"
     flags += " --learning-starts 500 --num-threads 1 --device cpu --actor-lr 1e-3 --critic-lr 1e-3"

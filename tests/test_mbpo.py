@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import evaluations, load, run, scalars, tiny
+from tests.conftest import evaluations, load, long, run, scalars, tiny
 from tests.test_math import filled_buffer, recorded
 
 mbpo, sac = load("mbpo"), load("sac")
@@ -465,6 +465,7 @@ def test_what_is_logged(tmp_path):
         assert len(found[f"model/{name}"]) == 12, name
 
 
+@long
 def test_learns_the_linear_quadratic_task(tmp_path):
     """From −155 to above −6 in 1 500 steps, half of what sac.py is given."""
     flags = "--env-id tests.tasks:LQR-v0 --total-timesteps 1500 --eval-every 1500 --batch-size 64 --hidden 64"

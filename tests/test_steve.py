@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, evaluations, load, run, scalars, tiny
+from tests.conftest import ROOT, evaluations, load, long, run, scalars, tiny
 from tests.tasks import RHO, A, B, Q
 from tests.test_math import GAMMA, K, P, filled_buffer, recorded
 
@@ -509,6 +509,7 @@ def test_contradictions_are_refused(flags, text):
     assert text in str(error.value)
 
 
+@long
 def test_learns_the_linear_quadratic_task(tmp_path):
     flags = "--env-id tests.tasks:LQR-v0 --total-timesteps 2500 --eval-every 2500 --batch-size 64 --hidden 64"
     flags += (

@@ -716,6 +716,7 @@ LOOP = "env_id env_kwargs total_timesteps eval_every eval_episodes checkpoint_ev
 LOOP += " num_threads env_threads preset cuda_graphs"
 
 
+@long
 def test_every_option_changes_what_is_learned(tmp_path):
     named = {flag[2:].replace("-", "_") for flag, _ in NUMBERS}
     every = {field.name for field in dataclasses.fields(m.Args)}

@@ -385,6 +385,7 @@ def test_launch_speed_prints_three_figures():
     assert done.returncode == 2 and done.stderr == "error: --steps 256: must be at least 257\n"
 
 
+@long
 def test_mbpo_speed_prints_updates_and_floor():
     flags = ["--threads", 1, "--rounds", 1, "--repeats", 1]
     done = experiment("mbpo_speed", *flags, "--", "--rollout-batch", 50, "--hidden", 16, "--model-hidden", 8)
@@ -400,6 +401,7 @@ def test_mbpo_speed_prints_updates_and_floor():
         assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@long
 def test_vaml_speed_prints_ratios():
     done = experiment("vaml_speed", "--threads", 1, "--samples", 1, 2, "--rounds", 1, "--repeats", 1)
     assert done.returncode == 0, done.stderr
@@ -412,6 +414,7 @@ def test_vaml_speed_prints_ratios():
     assert done.returncode == 2 and done.stderr == "error: --samples 0: must be at least 1\n"
 
 
+@long
 def test_oracle_speed_prints_a_ratio():
     flags = ["--env-ids", "Hopper-v5,Ant-v5", "--threads", 1, "--rounds", 2, "--batch", 8, "--slopes", 4]
     done = experiment("oracle_speed", *flags)

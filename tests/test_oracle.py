@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import differing, load, run, tiny
+from tests.conftest import differing, load, long, run, tiny
 from tests.tasks import RHO, A, B, Q
 from tests.test_bad_input import fails
 from tests.test_math import GAMMA, K, exact_critic, recorded
@@ -528,6 +528,7 @@ def test_nothing_is_gained_after_an_end():
     assert agent.expanded_actor_loss(ahead, torch.zeros(4), alpha).item() == 0
 
 
+@long
 def test_actor_looks_ahead_alone_and_beside_the_critics(tmp_path):
     """Each of its numbers matters, and a resumed run ends in the same bits."""
     flags = ["--actor-horizon", 2, "--actor-batch", 8]

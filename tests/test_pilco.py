@@ -618,6 +618,7 @@ def test_balances_within_300_steps(tmp_path):
 # --- predictions beside what happens ---
 
 
+@long
 def test_predictions_beside_real_episodes(finished, tmp_path):
     """The table of trials is that of the replay; a figure where there is matplotlib; mistakes in one line."""
     script, folder = ROOT / "experiments" / "pilco_predictions.py", finished("pilco", tmp_path)

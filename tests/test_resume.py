@@ -21,6 +21,7 @@ from tests.conftest import (
     family_of,
     learner,
     load,
+    long,
     run,
     scalars,
     shell,
@@ -140,7 +141,7 @@ def test_death_in_the_middle_of_a_checkpoint(loop, moment, uninterrupted, tmp_pa
     assert_same_end(uninterrupted(loop), folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=long), signal.SIGTERM])
 def test_signal_stops_cleanly(number, loop, uninterrupted, tmp_path):
     """No traceback, exit code 128 + n, a line that says how to go on; and going on ends in the same bits."""
     process = subprocess.Popen(

@@ -618,7 +618,8 @@ def test_what_is_logged(tmp_path):
         assert all(e.value > 0 for e in found["model/std"])
 
 
-@pytest.mark.parametrize("kind", ["mle", pytest.param("reg-vaml", marks=long)])
+@pytest.mark.parametrize("kind", ["mle", "reg-vaml"])
+@long
 def test_it_learns_the_linear_quadratic_task(kind, tmp_path):
     """From −155 to above −10 in 2 500 steps (sac.py: −2.5 in 3 000)."""
     flags = "--env-id tests.tasks:LQR-v0 --total-timesteps 2500 --eval-every 2500 --batch-size 64 --hidden 64"

@@ -6,6 +6,7 @@ another; the run that it left behind is told to stop, and holds a lock until it 
 """
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import Job, Progress, settle
+from launch import Job, Progress, TimeIsUp, settle
 
 HERE = str(Path(__file__).resolve().parent)
 
@@ -40,10 +41,11 @@ def connect(address: str) -> None:
         ) from None
 
 
-def execute_on_ray(jobs: list[Job], needs: dict, retries: int) -> None:
+def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = math.inf) -> None:
     """Run the jobs on the connected cluster, as many at a time as fit; each gets its outcome.
 
-    needs: num_cpus, memory in bytes and num_gpus of each run. No task stays there, whatever happens.
+    needs: num_cpus, memory in bytes and num_gpus of each run. No task stays there, whatever happens. Raises
+    TimeIsUp at `until` (of time.monotonic).
     """
     import ray
 
@@ -79,6 +81,8 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int) -> None:
                     code = -1
                 settle(job, code, time.monotonic() - started.get(job.name, begun))
             progress.show({job.name for job in pending.values()} & set(started))
+            if pending and time.monotonic() > until:
+                raise TimeIsUp
     finally:
         for ref in pending:
             ray.cancel(ref)

@@ -10,8 +10,9 @@ exact commands and stops. A suite is a file of such lines, one of experiments/su
 it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh or with
 flags after --. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its
 arguments agree, so the same line can be given again after a crash, or with more seeds. docs/gpu.md says how
-several share a GPU; --ray hands the same runs to a Ray cluster (docs/cluster.md). Exit code: 0 when every run
-is complete, 1 when some failed (named, with their logs), 2 for a mistake.
+several share a GPU; --ray hands the same runs to a Ray cluster (docs/cluster.md). With --time-limit it has
+stopped by then, and the same line goes on from the last checkpoints. Exit code: 0 when every run is complete,
+1 when some failed (named, with their logs), 2 for a mistake, 3 when the time was up first.
 """
 
 import argparse
@@ -53,7 +54,7 @@ SET_HERE = {  # flags of the algorithms that the launcher sets, and how it is to
     "--resume": "left out: unfinished runs are resumed without it",
 }
 SKIPPED = ("finished", "published")
-PATIENCE = 30.0  # seconds that a run has to stop in before it is killed
+PATIENCE = 15.0  # seconds that a run has to stop in before it is killed
 
 
 @dataclasses.dataclass
@@ -417,8 +418,15 @@ def settle(job: Job, code: int, seconds: float) -> None:
         tqdm.write(f"done    {job.name} ({seconds:.0f} s)")
 
 
-def execute(jobs: list[Job], workers: int) -> None:
-    """Run the jobs on this machine, `workers` at a time; each gets its outcome."""
+class TimeIsUp(Exception):
+    """The launcher's --time-limit has come."""
+
+
+def execute(jobs: list[Job], workers: int, until: float = math.inf) -> None:
+    """Run the jobs on this machine, `workers` at a time; each gets its outcome.
+
+    Raises TimeIsUp at `until` (of time.monotonic), when all have been stopped.
+    """
     running, stopping = set(), False
 
     def one(job: Job) -> None:
@@ -439,8 +447,10 @@ def execute(jobs: list[Job], workers: int) -> None:
         try:
             while not all(future.done() for future in futures):
                 progress.show(set(running))
+                if time.monotonic() > until:
+                    raise TimeIsUp
                 time.sleep(0.5)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, TimeIsUp):
             stopping = True
             for future in futures:
                 future.cancel()
@@ -483,10 +493,12 @@ def hint_at_mps(jobs: list[Job], workers: int) -> None:
         print(f"hint: {together} runs will take turns on the GPU; {share}", file=sys.stderr)
 
 
-def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_all=None) -> int:
+def carry_out(
+    jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_all=None, until: float = math.inf
+) -> int:
     """Print the commands and, unless dry_run, run what is not finished; returns the exit code.
 
-    run_all(jobs) is another back end than this machine's `workers` processes.
+    run_all(jobs, until=) is another back end than this machine's `workers` processes.
     """
     for job in jobs:
         print(f"{job.state:<9} {shlex.join(job.command) if job.result is None else job.result}")
@@ -502,16 +514,20 @@ def carry_out(jobs: list[Job], runs_dir: str, workers: int, dry_run: bool, run_a
     except OSError as error:
         return mistake(f"--runs-dir {runs_dir}: must be writable: {error.strerror}")
     try:
-        run_all(todo) if run_all else execute(todo, workers)
+        run_all(todo, until=until) if run_all else execute(todo, workers, until)
+    except TimeIsUp:
+        print("the time is up; the same command goes on from the last checkpoints", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
         return 130
     print(table(jobs))
-    failed = [job for job in todo if job.outcome != "done"]
+    failed = [job for job in todo if job.outcome not in ("", "done")]
+    left = [job for job in todo if not job.outcome]
     for job in failed:
         print(f"failed: {job.name}: {job.log}", file=sys.stderr)
-    print(f"{len(jobs)} runs, {len(jobs) - len(failed)} complete, {len(failed)} failed")
-    return 1 if failed else 0
+    complete, more = len(jobs) - len(failed) - len(left), f", {len(left)} left" if left else ""
+    print(f"{len(jobs)} runs, {complete} complete, {len(failed)} failed{more}")
+    return 1 if failed else 3 if left else 0
 
 
 def suite_jobs(name: str, runs_dir: str, threads: int, extra: list[str], fresh: bool = False):
@@ -600,6 +616,8 @@ def command_line() -> Parser:
     add("--num-threads", type=count, default=1, help="CPU threads of each run (default: 1)")
     add("--threads", type=count, dest="num_threads", help=argparse.SUPPRESS)  # a second spelling
     add("--runs-dir", default="runs", help="parent of the run folders (default: runs)")
+    limit = f"seconds to stop in, at least {PATIENCE + 1:.0f} (default: none)"
+    add("--time-limit", type=at_least(int(PATIENCE) + 1, float), default=math.inf, help=limit)
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--ray", metavar="ADDRESS", help="auto or the address of a Ray cluster: run there")
     add("--memory", type=amount, default=1.0, help="GB of each run, for --ray (default: 1)")
@@ -632,6 +650,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):  # what a console cannot show is a question mark there
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    began = time.monotonic()
     defaults = {"algos": ["sac", "sac_mve"], "env_ids": ["InvertedPendulum-v5"], "seeds": ["1", "2", "3"]}
     try:
         args, extra = read_line(sys.argv[1:])
@@ -659,7 +678,8 @@ def main() -> int:
             connect(args.ray)
             needs = {"num_cpus": args.num_threads, "memory": int(args.memory * 1e9), "num_gpus": args.gpus}
             run_all = functools.partial(execute_on_ray, needs=needs, retries=args.retries)
-        code = carry_out(jobs, runs_dir, args.workers, args.dry_run, run_all)
+        until = began + args.time_limit - PATIENCE  # which a run that must be killed takes
+        code = carry_out(jobs, runs_dir, args.workers, args.dry_run, run_all, until)
         if args.suite and not args.dry_run and code < 2:
             report_on(jobs, Path(args.suite).stem, runs_dir)
     except ValueError as error:

@@ -457,6 +457,32 @@ def test_a_suite_ends_with_a_report(tmp_path):
     assert out.count("finished  ") == 2
 
 
+def test_time_limit_stops_in_time_and_the_same_line_goes_on(tmp_path, launcher, monkeypatch):
+    """Of two runs one after the other the first is done, the second stopped by then: exit code 3."""
+    launch = load("launch", ROOT / "experiments" / "launch.py")
+    codes, begun = [], time.monotonic()
+
+    def play(job, stop, **options) -> int:  # instead of a run that learns
+        sleeps = f"import time; time.sleep({0 if '__1__' in job.name else 600})"
+        process = subprocess.Popen([sys.executable, "-c", sleeps])
+        while process.poll() is None and not stop():
+            time.sleep(0.05)
+        launch.end(process)
+        codes.append(process.wait())
+        return codes[-1]
+
+    monkeypatch.setattr(launch, "run_alone", play)
+    monkeypatch.setattr(launch, "PATIENCE", 2.0)
+    line = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", "1,2", "--workers", 1]
+    line += ["--runs-dir", tmp_path / "runs", "--time-limit"]
+    code, out, error = launcher(*line, 5, "--", *EXTRA)
+    assert code == 3 and codes == [0, -signal.SIGTERM] and time.monotonic() - begun < 5
+    assert "2 runs, 1 complete, 0 failed, 1 left" in out
+    assert error.endswith("the time is up; the same command goes on from the last checkpoints\n")
+    code, _, error = launcher(*line, 2, "--", *EXTRA)
+    assert (code, error) == (2, "error: --time-limit 2: must be a number, at least 3\n")
+
+
 def test_two_launchers_share_a_run(tmp_path):
     """Both are given the same run at once: one of them carries it out, the other waits and finds it done."""
     flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", 1]
@@ -476,8 +502,13 @@ def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
     (job,) = launch.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1"], str(tmp_path / "runs"), 1, EXTRA)
     with open(job.log.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = start(*flags)
-        time.sleep(6)
+        process, caught = start(*flags), 0
+        while not caught >> signal.SIGTERM - 1 & 1:  # until it is about to run them
+            assert process.poll() is None
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            caught = int(re.search(r"SigCgt:\s*(\w+)", status).group(1), 16)
+            time.sleep(0.1)
+        time.sleep(1)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)

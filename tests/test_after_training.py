@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import EPISODIC, ROOT, evaluations, flat, load, run, sizes, tiny
+from tests.conftest import EPISODIC, ROOT, evaluations, flat, learner, load, run, sizes, tiny
 from tests.test_docs import blocks
 from tests.test_family import mujoco_renders
 
@@ -357,3 +357,37 @@ def test_the_pages_commands(finished, tmp_path):
         words = " ".join(words).replace("--video videos", "").replace("--no-render", "").split()
         words = [str(ROOT / "algos" / "sac.py") if w == "path/to/my_method.py" else w for w in words]
         assert watch.main([str(folder), "--no-render", *words]) == 0
+
+
+def test_a_kept_agent_plays_as_its_run_and_is_small(loop, finished, tmp_path, capsys):
+    """Without replay, optimisers and slow copies; it cannot be trained on, and says so."""
+    keeper, folder = load("keep_agent", SCRIPT.with_name("keep_agent.py")), finished(loop, tmp_path)
+    out = tmp_path / "agents" / "one"
+    keeper.keep(folder, out)
+    assert {path.name for path in out.iterdir()} == {"final.pt", "args.json", "eval.csv"}
+    state, whole = (torch.load(path / "final.pt", weights_only=True) for path in (out, folder))
+    left = {name for name in whole["agent"] if "optimizer" in name or name.endswith("_target")}
+    assert left and state["agent"].keys() == whole["agent"].keys() - left and state["args"] == whole["args"]
+    assert "buffer" in whole and "buffer" not in state
+    if loop not in EPISODIC:
+        assert look(out) == look(folder)
+    before = sorted(path.read_bytes() for path in out.iterdir())
+    module = load(loop)
+    with pytest.raises(module.BadInput, match=f"--resume {out}: must fit the task as it is now: 'buffer'"):
+        learner(loop)(module.parse(["--resume", str(out), "--total-timesteps", "400"]))
+    assert sorted(path.read_bytes() for path in out.iterdir()) == before
+
+
+def test_mistakes_of_keeping(finished, tmp_path, capsys, monkeypatch):
+    keeper, folder = load("keep_agent", SCRIPT.with_name("keep_agent.py")), finished("sac_mve", tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    rows = [(tmp_path / "no", tmp_path / "new", "must be a run's folder with a readable final.pt")]
+    rows += [(folder, tmp_path / "there", "must be a folder that does not exist yet")]
+    rows += [(folder, tmp_path / "file" / "new", "must be a folder that can be written")]
+    for run_folder, out, expected in rows:
+        monkeypatch.setattr(sys, "argv", ["keep_agent.py", str(run_folder), str(out)])
+        assert keeper.main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and expected in said and said.count("\n") == 1
+    assert not (tmp_path / "new").exists() and list((tmp_path / "there").iterdir()) == []

@@ -20,6 +20,11 @@ through them; x is divided by the running deviation σ. Reward and termination l
     L_f = mean_t ((x̂_{t+1} − x_{t+1}) / σ)²,  x̂_{t+1} = x̂_t + σ dec(GRU(enc(x̂_t, a_t), h_t))     (6)
     L_r = mean (r̂ − r)²,   L_d = binary cross-entropy of d                                       (7)
 
+--value-loss c adds c times the error in what the slow critics think of the predicted states (Byravan et al.
+2019 ask that of a latent), with gradient into f alone:
+
+    L_V = mean_t ½ (V̄(x̂_{t+1}) − V̄(x_{t+1}))²,  V̄(x) = min_i Q̄_i(x, tanh μ(x))                  (6a)
+
 --critic-expansion puts the model into the critics' targets instead or as well, as in the paper's ablation:
 tdk regresses them at imagined pairs too (8), one-step replaces the target by r + γ (1 − d) V(s') (9).
 --preset laptop, paper or released; where those two disagree, and what we chose: docs/sac_svg_h.md.
@@ -149,6 +154,7 @@ class ActorExpansion:
     model_lr: Rate = 1e-3  # Adam step size of dynamics, reward and termination (paper)
     sequence_batch: Count = 256  # sequences of H + 1 steps for an update of f (paper: 1 024; released: 512)
     dynamics_updates: Count = 1  # updates of f per step (ours; paper: 4)
+    value_loss: Rate = 0.0  # weight c of (6a) in the loss of f (Byravan et al. 2019, of a latent; ours: off)
 
 
 @dataclass
@@ -166,6 +172,8 @@ class Args(Run, SAC, ActorExpansion):
             before = self.expansion_starts < self.total_timesteps or not waits
             total = f"below --total-timesteps {self.total_timesteps} (paper and released set 10 000)"
             require(before, "expansion_starts", self.expansion_starts, total)
+        used = self.horizon > 0 or self.value_loss == 0
+        require(used, "value_loss", self.value_loss, "0 with --horizon 0, where there is no model")
         used = self.entropy_decay == 1 or self.final_entropy is not None
         require(used, "entropy_decay", self.entropy_decay, "1 without --final-entropy")
 
@@ -449,16 +457,25 @@ def termination_loss(logit: Tensor, terminated: Tensor, balanced: bool) -> Tenso
     return F.binary_cross_entropy_with_logits(logit, terminated, pos_weight=weight)
 
 
-def sequence_errors(model: Dynamics, obs: Tensor, action: Tensor) -> Tensor:
+def sequence_errors(model: Dynamics, obs: Tensor, action: Tensor, kept: list[Tensor] | None = None) -> Tensor:
     """(6) per step: squared error, in deviations, of x̂_1 .. x̂_H against obs [H + 1, S, n] -> [H, S].
 
     Each prediction starts from the one before as a number; the gradient through time is the memory's alone.
+    `kept` gets the predictions, [S, n] each.
     """
     predicted, memory, errors = obs[0], None, []
     for actions, target in zip(action[:-1], obs[1:], strict=True):
         predicted, memory = model.step(predicted.detach(), actions, memory)
         errors.append(((predicted - target) / model.normalizer.std).square().mean(1))
+        if kept is not None:
+            kept.append(predicted)
     return torch.stack(errors)
+
+
+def value_errors(predicted: Tensor, real: Tensor) -> Tensor:
+    """(6a) per state: ½ (V̄(x̂) − V̄(x))², of one shape."""
+    assert predicted.shape == real.shape
+    return 0.5 * (predicted - real).square()
 
 
 @torch.no_grad()
@@ -724,15 +741,27 @@ class Agent:
             metrics = self.fit_dynamics(window.obs.view(stack), window.action.view(stack), weight)
         return metrics
 
+    def slow_value(self, obs: Tensor) -> Tensor:
+        """V̄ [B] of obs [B, n], by the slow critics at the policy's deterministic action; draws nothing."""
+        with constant(self.actor):
+            return self.critic_target(obs, self.actor(obs)[0].tanh(), frozen=True).amin(0)
+
     def fit_dynamics(self, obs: Tensor, action: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """One gradient step on sequences: obs [H + 1, S, n], action [H + 1, S, m], weight [S]."""
-        errors = sequence_errors(self.model, obs, action)
+        kept, coefficient = [], self.args.value_loss
+        errors = sequence_errors(self.model, obs, action, kept)
         errors = (errors * weight).sum(1) / weight.sum().clamp_min(1)
+        loss = errors.mean()  # (6)
+        metrics = {f"model/error_{k + 1}": error.detach().sqrt() for k, error in enumerate(errors)}
+        if coefficient > 0:
+            apart = value_errors(*map(self.slow_value, (torch.cat(kept), obs[1:].flatten(0, 1))))
+            apart = (apart.view(len(kept), -1) * weight).sum(1).mean() / weight.sum().clamp_min(1)
+            loss = loss + coefficient * apart  # (6a)
+            metrics["model/value_error"] = (2 * apart.detach()).sqrt()
         self.model_optimizer.zero_grad()
-        errors.mean().backward()  # (6)
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.model_optimizer.step()
-        metrics = {f"model/error_{k + 1}": error.detach().sqrt() for k, error in enumerate(errors)}
         return metrics | {"model/gradient_norm": norm}
 
     def state_dict(self) -> dict:

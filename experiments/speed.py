@@ -66,11 +66,14 @@ ROWS = {
     "sac_vaml": Row(captures=100, period=25),
     # A fifth of the defaults, that is, as much work per step.
     "mbpo": Row(flags="--model-interval 50 --refit-steps 100 --rollout-batch 2000", captures=150, period=50),
+    "maac": Row(flags="--model-interval 50 --refit-steps 100 --rollout-batch 2000", captures=150, period=50),
     "ddpg": Row(),
     "td3": Row(),
+    "svg": Row(),
     "ddpg_mve": Row(flags="--horizon 3 --model-warm-up 20"),
     "mage": Row(flags="--model-warm-up 20"),
     "steve": Row(flags="--horizon 3 --model-warm-up 20"),
+    "dreamer": Row(flags="--pretrain 1"),  # an update every second step
     "ddpg_mve_min": Row("TorqueBall-v0", "--model-warm-up 20 --model-ready 100", settle=200),  # in cycles
 }
 

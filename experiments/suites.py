@@ -14,6 +14,8 @@ mve/ HalfCheetah-v0, Swimmer-v0, Walker2d-v0 (arXiv 1803.00101):
     with its old feet, and the alive bonus paid on the terminating step too.
 pilco/ CartPole-v0 (Deisenroth and Rasmussen, ICML 2011, dynamics of the authors' code):
     a hanging pole is swung up by a cart and balanced, 40 steps of 0.1 s; no termination, no MuJoCo.
+masked/ HalfCheetah-v0, Hopper-v0, InvertedPendulum-v0 (as in arXiv 2110.05038, for agents that remember):
+    Gymnasium's tasks with positions alone in the observation, no velocities.
 
 All but the cart-poles rest on Gymnasium's bodies of version 5, with 1 000 steps an episode. Physics engines
 have changed since the papers (MuJoCo 1.31 and 1.50): returns are comparable within the noise of their seeds,
@@ -155,6 +157,18 @@ class AliveBonusToTheEnd(gym.Wrapper):
         return obs, reward, terminated, truncated, info
 
 
+class Masked(gym.ObservationWrapper):
+    """The first `positions` numbers of the observation alone, float64; all else is the task's."""
+
+    def __init__(self, env: gym.Env, positions: int):
+        super().__init__(env)
+        self.positions = positions
+        self.observation_space = Box(-np.inf, np.inf, (positions,), np.float64)
+
+    def observation(self, obs: np.ndarray) -> np.ndarray:
+        return obs[: self.positions]
+
+
 class PilcoCartPole(gym.Env):
     """x, v, θ̇, θ [4], θ = 0 hangs; r = exp(−8 d²) after the step, d metres from the tip to its place.
 
@@ -221,6 +235,10 @@ def whole_walker(**options) -> gym.Env:
     return AliveBonusToTheEnd(whole("Walker2d-v5", **options))
 
 
+def masked(base: str, positions: int, **options) -> gym.Env:
+    return Masked(gym.make(base, **options).unwrapped, positions)
+
+
 def truncated(*parts: str) -> dict[str, bool]:
     return {f"include_{part}_in_observation": False for part in parts}
 
@@ -244,6 +262,9 @@ SUITES = {  # id: (entry point, its arguments)
     "mve/Swimmer-v0": (whole, {"base": "Swimmer-v5"}),
     "mve/Walker2d-v0": (whole_walker, OLD_FEET),
     "mbpo/Walker2d-v0": (mbpo, {"base": "Walker2d-v5"} | OLD_FEET),
+    "masked/HalfCheetah-v0": (masked, {"base": "HalfCheetah-v5", "positions": 8}),
+    "masked/Hopper-v0": (masked, {"base": "Hopper-v5", "positions": 5}),
+    "masked/InvertedPendulum-v0": (masked, {"base": "InvertedPendulum-v5", "positions": 2}),
 }
 for name, (entry_point, arguments) in SUITES.items():
     gym.register(name, entry_point=entry_point, kwargs=arguments, max_episode_steps=1000)

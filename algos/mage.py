@@ -709,12 +709,12 @@ def captured(method):  # as CUDA graphs, one a signature; it reads no tensor, an
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 result = method(*args)
-            main.wait_stream(side)
-            return result
+            return (main.wait_stream(side), result)[1]
         if "graph" not in graph:
             graph |= {"graph": torch.cuda.CUDAGraph(), "inputs": pytree.tree_map_only(Tensor, alike, args)}
-            with torch.cuda.graph(graph["graph"]):  # executes nothing
+            with torch.cuda.graph(graph["graph"]):  # executes nothing, but resets the generator
                 graph["result"] = method(*graph["inputs"])
+            torch.cuda.synchronize()  # or, on a busy GPU, the first replay draws the numbers of offset 0
         torch._foreach_copy_(tensors(graph["inputs"]), tensors(args))
         graph["graph"].replay()
         return graph["result"]

@@ -28,7 +28,7 @@ TRIALS = [n for n in STEPWISE if "class TrialRun" in (ROOT / "algos" / f"{n}.py"
 # The loop is one text in all files (test_family): one of each kind is killed, starved and misled, with
 # FARSIGHT_LONG=1, as in CI, two and what takes long is run as well, and with FARSIGHT_ALL=1 every file.
 ALL, LONG = os.environ.get("FARSIGHT_ALL"), os.environ.get("FARSIGHT_LONG") or os.environ.get("FARSIGHT_ALL")
-LOOPS = ALGOS if ALL else [*(["sac", *EPISODIC] if LONG else []), "sac_mve"]
+LOOPS = ALGOS if ALL else [*(EPISODIC if LONG else []), "sac_mve"]
 long = pytest.mark.skipif(not LONG, reason="takes long: FARSIGHT_LONG=1")
 PARENTS = {n: b for n in STEPWISE if (b := n.split("_")[0]) != n and b in ALGOS}  # which --horizon 0 is
 TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16}
@@ -50,6 +50,9 @@ TINY_POPLIN = TINY_PETS | {"policy-epochs": 2, "policy-batch": 8}
 TINY_METRPO = {"horizon": 5, "collect-steps": 60, "imagined-steps": 50, "iterations": 6, "starts": 10}
 TINY_METRPO |= {"check-starts": 3, "check-every": 2, "fisher-rows": 40, "members": 3, "fit-epochs": 8}
 TINY_METRPO |= {"worse-share": 0.7, "max-kl": 0.3, "model-lr": 0.2}
+TINY_DREAMER = {"sequence-length": 4, "learn-every": 10, "pretrain": 4, "deter": 12, "stoch": 4}
+TINY_DREAMER |= {"horizon": 3, "free-nats": 0.3}
+TINY_MAAC = {"horizon": 2}
 
 
 def family_of(base: str) -> list[str]:
@@ -72,6 +75,7 @@ def sizes(name: str) -> dict[str, object]:
     wanted = TINY | TINY_MODEL | (TINY_GOAL if name in EPISODIC else {})
     wanted |= TINY_PILCO if name == "pilco" else TINY_PETS if name == "pets" else {}
     wanted |= TINY_METRPO if name == "me_trpo" else TINY_POPLIN if name == "poplin" else {}
+    wanted |= TINY_DREAMER if name == "dreamer" else TINY_MAAC if name == "maac" else {}
     return {flag: value for flag, value in wanted.items() if flag in have}
 
 

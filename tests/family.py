@@ -23,7 +23,8 @@ CALL = '\n\nif __name__ == "__main__" and "__file__" in globals():  # a notebook
 LONGEST = {  # lines to read above the header
     "sac": 375, "mage": 583, "mbpo": 797, "steve": 595, "td3": 402, "ddpg": 422, "ddpg_mve": 693,
     "sac_mve": 650, "sac_ove": 895, "sac_retrace": 488, "sac_svg_h": 838, "sac_vaml": 740,
-    "ddpg_mve_min": 940, "pilco": 740, "pets": 750, "poplin": 865, "me_trpo": 870,
+    "ddpg_mve_min": 940, "pilco": 740, "pets": 750, "poplin": 865, "me_trpo": 870, "svg": 680,
+    "maac": 865, "dreamer": 755,
 }  # fmt: skip
 BELOW, LOOP = 380, 45  # lines of what nobody needs to read, and of `train`
 METHODS = "__init__ make_buffer update learn critic_loss".split()  # the algorithm itself

@@ -28,6 +28,13 @@ ROWS += [("sac_svg_h", ("--critic-expansion", kind)) for kind in ("tdk", "one-st
 ROWS += [("steve", ("--reduction", kind)) for kind in ("last", "td-lambda")]
 ROWS += [("sac_vaml", ("--model-loss", kind)) for kind in ("mle", "vaml", "vagram")]
 ROWS += [("poplin", ("--distil", "gan"))]
+ROWS += [("svg", ("--horizon", 0)), ("svg", ("--horizon", 3, "--soft", "--kl", 0.1))]
+ROWS += [("svg", ("--imagine",)), ("svg", ("--whole-episodes",))]
+ROWS += [("sac_svg_h", ("--value-loss", 1))]
+ROWS += [("dreamer", ("--actor-gradient", "reinforce", "--critic-loss", "two-hot"))]
+ROWS += [("dreamer", ("--no-cut", "--kl-floor", "mean", "--latent-std", "softplus", "--no-symlog"))]
+RELEASED = ("--model-noise", "variance", "--mask", "released", "--terminal-actions", 3, "--entropy", "all")
+ROWS += [("maac", RELEASED), ("maac", ("--model-noise", "none", "--actor-clip", 1))]
 
 
 class Recorder(TorchDispatchMode):
@@ -47,7 +54,10 @@ class Recorder(TorchDispatchMode):
 class FakeGraph:
     """torch.cuda.CUDAGraph for the CPU."""
 
+    racing = False  # the capture's own stream, with its reset of the generator, may come after a replay
+
     def replay(self):
+        assert not FakeGraph.racing, "replayed before the capture has been waited for"
         with torch.no_grad():
             for func, args, kwargs, result in self.operations:
                 aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
@@ -79,12 +89,14 @@ def graphs(monkeypatch):
                     if isinstance(value, torch.Tensor):
                         now[name].copy_(value)
             torch.set_rng_state(generator)
+            FakeGraph.racing = True
             captured.append(graph)
 
         stream = SimpleNamespace(wait_stream=lambda other: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "graph", capture)
         monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(FakeGraph, "racing", False))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
         for name in agent.captured:

@@ -2,6 +2,8 @@
 
     python experiments/curves.py export runs docs/results/foundation     # eval.csv of every complete run
     python experiments/curves.py plot docs/results/foundation/Hopper-v5 --out docs/figures/hopper.png
+    python experiments/curves.py plot docs/results/maac/InvertedPendulum-v5 \\
+        docs/results/svg-paths/InvertedPendulum-v5/svg/default --level 950    # and when each seed got there
     python experiments/curves.py scalars runs --tags model/nll --csv nll.csv --figure nll.png
 
 Exported files lie at <folder>/<task>/<algorithm>/<settings>/<seed>.csv, settings being `default` or the
@@ -89,15 +91,41 @@ def export(runs: Path, target: Path) -> int:
 
 
 def read(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{method: {seed: [(step, return), ..]}} below <folder>, method being algorithm and settings."""
+    """{method: {seed: [(step, return), ..]}} at or below <folder>, method being algorithm and settings."""
     methods: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for path in sorted(folder.glob("*/*/*.csv")):
+    for path in sorted(path for path in folder.rglob("*.csv") if path.stem.isdecimal()):
         settings = path.parent.name.replace("__", ", ").replace("-", " ")
         method = path.parent.parent.name + ("" if settings == "default" else f", {settings}")
         with open(path) as file:
             rows = [(int(row["step"]), float(row["return_mean"])) for row in csv.DictReader(file)]
         methods.setdefault(method, {})[path.stem] = rows
     return methods
+
+
+def read_all(folders: list[Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """`read` of several. Raises ValueError where two have the same seed of a method."""
+    methods: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for folder in folders:
+        for method, runs in read(folder).items():
+            if twice := runs.keys() & methods.get(method, {}).keys():
+                raise ValueError(f"{folder}: {method}, seed {min(twice)}: must not be in two folders")
+            methods.setdefault(method, {}).update(runs)
+    return methods
+
+
+def steps_table(methods: dict, level: float) -> str:
+    """The step of every seed's first evaluation that reaches the level, as Markdown; – where none does."""
+    seeds = sorted({seed for runs in methods.values() for seed in runs}, key=int)
+    lines = [f"| steps to {level:g} | " + " | ".join(f"seed {seed}" for seed in seeds) + " | seeds there |"]
+    lines.append("|---" * (len(seeds) + 2) + "|")
+    for method, runs in methods.items():
+        first = {seed: next((n for n, r in rows if r >= level), None) for seed, rows in runs.items()}
+        cells = [
+            "" if seed not in runs else "–" if first[seed] is None else str(first[seed]) for seed in seeds
+        ]
+        there = sum(step is not None for step in first.values())
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {there} of {len(runs)} |")
+    return "\n".join(lines)
 
 
 def table(methods: dict) -> str:
@@ -121,12 +149,14 @@ def plot(methods: dict, title: str, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
-    for (method, runs), colour in zip(methods.items(), itertools.cycle(COLOURS), strict=False):
+    looks = itertools.product(("-", "--", ":"), COLOURS)
+    for (method, runs), (dashes, colour) in zip(methods.items(), itertools.cycle(looks), strict=False):
         steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
         values = [[dict(rows)[step] for rows in runs.values()] for step in steps]
         axes.plot(
             steps,
             [statistics.mean(v) for v in values],
+            dashes,
             color=colour,
             label=f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})",
         )
@@ -209,7 +239,9 @@ def main() -> int:
     copy.add_argument("runs", type=Path)
     copy.add_argument("target", type=Path)
     draw = commands.add_parser("plot")
-    draw.add_argument("folder", type=Path)
+    draw.add_argument("folders", type=Path, nargs="+", metavar="folder")
+    draw.add_argument("--level", type=float, help="a second table: steps until a seed's first such return")
+    draw.add_argument("--title", help="of the picture (default: the folder's name)")
     draw.add_argument("--out", type=Path, help="picture to write; without it only the table is printed")
     collect = commands.add_parser("scalars")
     collect.add_argument("runs", type=Path)
@@ -236,13 +268,15 @@ def main() -> int:
     if args.command == "export":
         print(f"{export(args.runs, args.target)} runs exported to {args.target}")
         return 0
-    methods = read(args.folder)
-    if not methods:
-        print(f"error: {args.folder}: must hold <algorithm>/<settings>/<seed>.csv", file=sys.stderr)
-        return 2
+    for folder in args.folders:
+        if not read(folder):
+            raise ValueError(f"{folder}: must hold <algorithm>/<settings>/<seed>.csv")
+    methods = read_all(args.folders)
     print(table(methods))
+    if args.level is not None:
+        print("\n" + steps_table(methods, args.level))
     if args.out:
-        plot(methods, args.folder.name, args.out)
+        plot(methods, args.title or args.folders[0].name, args.out)
     return 0
 
 

@@ -531,6 +531,31 @@ def test_settings_with_a_slash_are_one_folder(tmp_path):
     assert "sac_svg_h" in done.stdout
 
 
+def test_curves_of_several_folders_and_steps_to_a_level(tmp_path):
+    """Task folders and single settings go together; the first step at the level, – where there is none."""
+    for place, finals in (("a/T-v0/sac/default", (1, 5, 9)), ("b/T-v0/td3/tau-1", (1, 2, 3))):
+        (tmp_path / place).mkdir(parents=True)
+        lines = [f"{100 * k},{value},0" for k, value in enumerate(finals)]
+        (tmp_path / place / "3.csv").write_text("\n".join(["step,return_mean,return_std", *lines, ""]))
+    folders = (tmp_path / "a" / "T-v0", tmp_path / "b" / "T-v0" / "td3" / "tau-1")
+    done = experiment("curves", "plot", *folders, "--level", 5, "--out", tmp_path / "x.png")
+    assert done.returncode == 0 and (tmp_path / "x.png").stat().st_size > 10_000
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| method | seed 3 | mean |" and lines[2:4] == [
+        "| sac | 9.0 | 9.0 |",
+        "| td3, tau 1 | 3.0 | 3.0 |",
+    ]
+    assert lines[5:] == ["| steps to 5 | seed 3 | seeds there |", "|---|---|---|", "| sac | 100 | 1 of 1 |",
+                         "| td3, tau 1 | – | 0 of 1 |"]  # fmt: skip
+    done = experiment("curves", "plot", folders[0], tmp_path / "a")
+    assert done.returncode == 2 and done.stderr.endswith("sac, seed 3: must not be in two folders\n")
+    done = experiment("curves", "plot", folders[0], tmp_path / "none")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {tmp_path / 'none'}: must hold <algorithm>/<settings>/<seed>.csv\n",
+    )
+
+
 def test_scalars_of_runs_are_a_table(tmp_path):
     """Values are TensorBoard's; runs that are not complete, or have no such tag, are left out."""
     first = run("sac_vaml", tmp_path / "runs")

@@ -30,6 +30,7 @@ TRIALS = [n for n in STEPWISE if "class TrialRun" in (ROOT / "algos" / f"{n}.py"
 ALL, LONG = os.environ.get("FARSIGHT_ALL"), os.environ.get("FARSIGHT_LONG") or os.environ.get("FARSIGHT_ALL")
 LOOPS = ALGOS if ALL else [*(EPISODIC if LONG else []), "sac_mve"]
 long = pytest.mark.skipif(not LONG, reason="takes long: FARSIGHT_LONG=1")
+by_hand = pytest.mark.skipif(not ALL, reason="takes very long: FARSIGHT_ALL=1")
 PARENTS = {n: b for n in STEPWISE if (b := n.split("_")[0]) != n and b in ALGOS}  # which --horizon 0 is
 TINY = {"env-id": "tests.tasks:Cliff-v0", "total-timesteps": 300, "learning-starts": 60, "batch-size": 16}
 TINY |= {"hidden": 16, "eval-every": 100, "eval-episodes": 2, "log-every": 20, "checkpoint-every": 70}

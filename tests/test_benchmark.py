@@ -68,6 +68,7 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@long
 def test_works_from_any_folder(tmp_path, monkeypatch):
     """A project whose path has umlauts and spaces, started elsewhere: tasks are found in both places and on
     PYTHONPATH, runs come where one stands, and a printed command does what it says."""

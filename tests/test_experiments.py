@@ -345,6 +345,7 @@ def test_horizon_folders_side_by_side(tmp_path):
     assert done.returncode == 2 and "must have other methods than the folders before: sac_mve" in done.stderr
 
 
+@long
 def test_horizon_study_plans_runs_and_skips(tmp_path):
     """H = 0 once per seed, through sac.py; a second call finds everything finished."""
     flags = ["run", "--runs-dir", tmp_path, "--seeds", "1", "--horizons", "0,1", "--methods", "sac_ove,actor"]
@@ -505,6 +506,7 @@ def test_model_error_of_a_run_resumes(tmp_path):
     assert done.returncode == 2 and "must be of this run and these settings" in done.stderr
 
 
+@long
 def test_model_error_mistakes(tmp_path):
     folder = run("sac", tmp_path, "--env-id", "Pendulum-v1", "--total-timesteps", 1800)
     (tmp_path / "other.csv").write_text("a,b")

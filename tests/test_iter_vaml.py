@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, load
+from tests.conftest import ROOT, load, long
 
 sys.path.insert(0, str(ROOT / "experiments"))
 pytest.importorskip("scipy")
@@ -485,6 +485,7 @@ def run(name: str, *flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@long
 def test_the_script_writes_its_table_and_figure(tmp_path):
     drawn = importlib.util.find_spec("matplotlib") is not None
     figure = ["--figure", tmp_path / "new" / "a.png"] if drawn else []

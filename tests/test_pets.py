@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ALL, evaluations, load, scalars, tiny
+from tests.conftest import by_hand, evaluations, load, scalars, tiny
 from tests.test_bad_input import fails
 from tests.test_graphs import graphs  # noqa: F401
 
@@ -727,7 +727,7 @@ def test_particles_need_no_members_where_all_are_asked():
         assert pets.parse(["--propagation", mode, "--particles", "7"]).particles == 7
 
 
-@pytest.mark.skipif(not ALL, reason="takes two minutes: FARSIGHT_ALL=1")
+@by_hand
 def test_swings_up_within_ten_trials(tmp_path):
     """Seed 1 of docs/pets.md: the cart-pole's return is above 170 of 200 in one of nine planned trials."""
     flags = ["--env-id", CART_POLE, "--total-timesteps", "2000", "--eval-every", "2000", "--num-threads", "1"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import ALL, load, scalars
+from tests.conftest import by_hand, load, scalars
 from tests.test_bad_input import fails
 from tests.test_graphs import graphs  # noqa: F401
 
@@ -563,7 +563,7 @@ def test_mistakes_in_one_line(flags, tmp_path, capsys, monkeypatch):
     assert WRONG[flags] in error and len(error.splitlines()) == 1 and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(not ALL, reason="takes three minutes: FARSIGHT_ALL=1")
+@by_hand
 def test_swings_up_within_ten_trials(tmp_path):
     """Seed 1 of docs/poplin.md."""
     flags = ["--env-id", CART_POLE, "--num-threads", "1", "--total-timesteps", "2200", "--eval-every", "2200"]

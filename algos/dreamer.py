@@ -106,7 +106,7 @@ class Dreamer:
     deter: Width = 64  # width of h (ours; V1, V2: 200)
     stoch: Width = 8  # width of z (ours; V1: 30)
     latent_std: Literal["sigmoid", "softplus"] = "sigmoid"  # σ of p, q: 2 sigmoid(x/2) or softplus(x), + 0.1
-    normalize: bool = True  # observations in deviations of all so far (ours: small ones are ignored else)
+    normalize: bool = True  # observations in deviations of all observations so far (ours)
     symlog: bool = True  # and then sign(x) log(1 + |x|) of them (V3)
     free_nats: Rate = 1.0  # n of (3), below which the KL is left alone (V2, V3; V1: 3)
     kl_floor: Literal["state", "mean"] = "state"  # n bounds each state's KL (V3), or their mean (V1, V2)

@@ -22,6 +22,7 @@ three ports disagree or err, and what we chose: docs/svg.md.
 
     python algos/svg.py                                  # k = 1 on InvertedPendulum-v5, 10 000 steps
     python algos/svg.py --whole-episodes --actor-lr 3e-3
+    python algos/svg.py --env-id HalfCheetah-v5 --total-timesteps 30_000 --soft --init-alpha 0.1 --kl 1
     python algos/svg.py --resume runs/<run>              # goes on where it stopped, in the same bits
 """
 
@@ -600,7 +601,8 @@ class Agent:
         for parameter in self.actor.parameters():  # products of many Jacobians can overflow: no step then
             parameter.grad.nan_to_num_(0, 0, 0)
         self.actor_optimizer.step()
-        metrics = {"losses/actor_loss": actor_loss.detach(), "policy/gradient_norm": norm.nan_to_num()}
+        report = actor_loss.detach().nan_to_num(), norm.nan_to_num()
+        metrics = dict(zip(("losses/actor_loss", "policy/gradient_norm"), report, strict=True))
         if args.kl > 0:
             polyak(self.slow_actor, self.actor, args.tau)
             metrics["losses/kl"] = divergence.detach()

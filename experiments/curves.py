@@ -148,7 +148,7 @@ def plot(methods: dict, title: str, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(6.4, 3.6 + 0.1 * len(methods)), constrained_layout=True)
     looks = itertools.product(("-", "--", ":"), COLOURS)
     for (method, runs), (dashes, colour) in zip(methods.items(), itertools.cycle(looks), strict=False):
         steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
@@ -166,7 +166,7 @@ def plot(methods: dict, title: str, out: Path) -> None:
     axes.set(title=title, xlabel="environment steps", ylabel="return (deterministic policy)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=1 + (len(methods) > 4))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
 

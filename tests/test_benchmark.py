@@ -382,7 +382,7 @@ def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, cap
     """One line where it is of use: a GPU, two or more runs at once that may use it, no daemon's answer."""
     launch = load("launch", ROOT / "experiments" / "launch.py")
 
-    def done(jobs: list, *_) -> None:
+    def done(jobs: list, *_, **__) -> None:
         for job in jobs:
             launch.settle(job, 0, 1.0)
 

@@ -22,10 +22,10 @@ from tests.conftest import (
     ROOT,
     STEPWISE,
     TRIALS,
+    by_hand,
     differing,
     evaluations,
     load,
-    long,
     run,
     scalars,
     tiny,
@@ -194,6 +194,7 @@ def test_every_file_that_looks_ahead_is_compared():
 
 NEEDS = {"--no-actor-expansion": ("--critic-expansion", "tdk")}  # something must look ahead
 NEEDS |= {("poplin", "--least-variance"): ("--search", "actions")}
+NEEDS |= {("svg", f"--{name}"): ("--soft",) for name in ("alpha-lr", "init-alpha", "target-entropy")}
 NEEDS |= {"vaml-unbiased": ("--samples", "2"), ("steve", "--tdk"): ("--reduction", "last")}
 
 
@@ -292,12 +293,22 @@ NUMBERS += [("--cg-steps", 1), ("--damping", 1), ("--fisher-rows", 9), ("--check
 NUMBERS += [("--check-starts", 2), ("--worse-share", 0), ("--policy-patience", 2), ("--held-out", 0.5)]
 NUMBERS += [("--action-noise", 3), ("--parameter-noise", 3), ("--loss-units", "raw"), ("--error-every", 4)]
 NUMBERS += [("--draw-member", "episode"), ("--fresh-every", 5)]
+NUMBERS += [("--value-loss", 1.0), ("--entropy", "all"), ("--mask", "released"), ("--model-noise", "none")]
+NUMBERS += [("--model-noise", "variance"), ("--terminal-actions", 3), ("--actor-starts", "real")]
+NUMBERS += [("--actor-clip", 1e-3)]
+NUMBERS += [("--is-clip", 0), ("--kl", 1.0), ("--gradient-norm", 1e-3), ("--init-std", 0.2)]
+NUMBERS += [("--sequence-length", 8), ("--learn-every", 4), ("--pretrain", 1), ("--deter", 10)]
+NUMBERS += [("--stoch", 3), ("--first-std", 0.3)]
+NUMBERS += [("--latent-std", "softplus"), ("--free-nats", 3), ("--kl-floor", "mean"), ("--prior-weight", 2)]
+NUMBERS += [("--posterior-weight", 2), ("--return-lambda", 0.5), ("--actor-gradient", "reinforce")]
+NUMBERS += [("--entropy-weight", 0.1), ("--min-std", 0.5), ("--critic-loss", "two-hot"), ("--no-cut",)]
+NUMBERS += [("--no-symlog",)]
 SHARED = [("--gamma", 0.5), ("--tau", 0.5), ("--actor-lr", 1e-2), ("--critic-lr", 1e-2)]
 SHARED += [("--hidden", 12), ("--batch-size", 12), ("--seed", 5)]
 SHARED += [("--learning-starts", 50), ("--buffer-size", 70)]
 
 
-@pytest.mark.parametrize("name", [n if n in LOOPS else pytest.param(n, marks=long) for n in STEPWISE])
+@pytest.mark.parametrize("name", [n if n in LOOPS else pytest.param(n, marks=by_hand) for n in STEPWISE])
 def test_every_number_changes_what_is_learned(name, tmp_path):
     """No option that does nothing: each setting gives other weights than the defaults."""
     fields = {field.name.replace("_", "-"): field.type for field in dataclasses.fields(load(name).Args)}
@@ -308,7 +319,8 @@ def test_every_number_changes_what_is_learned(name, tmp_path):
             flags.append(flag + NEEDS.get((name, flag[0]), ()))
     same = ("--tdk",) if getattr(load(name).Args, "tdk", False) else ("--no-tdk",)  # is the default
     flags = [flag for flag in flags if flag != same]
-    later = {"mbpo": 200, "steve": 125, "me_trpo": 125}  # longer rollouts, slow critics, a second outer loop
+    later = {"mbpo": 200, "maac": 200}  # longer rollouts
+    later |= {"steve": 125, "me_trpo": 125}  # slow critics, a second outer loop
     steps = later.get(name, 90)
     short = ("--total-timesteps", steps, "--eval-every", steps, "--eval-episodes", 1, "--log-every", steps)
     short += ("--diagnose-every", steps) if "diagnose-every" in fields else ()

@@ -162,6 +162,21 @@ def test_observations_reach_the_normaliser_by_a_graph_too(graphs):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_is_believed_goes_on_from_graph_to_graph(graphs):
+    """Ten steps of a recurrent policy, from the fourth on replayed: the same actions and beliefs."""
+    module, agents, _ = twins("dreamer")
+    found = graphs(module, agents[1])
+    for agent in agents:
+        agent.begin_episode()
+    for step in range(10):
+        actions = []
+        for agent in agents:
+            torch.manual_seed(step)
+            actions.append(agent.act([0.1 * step], deterministic=step > 4).item())
+        assert actions[0] == actions[1] and torch.equal(agents[0].belief, agents[1].belief)
+    assert len(found) == 2 and agents[0].belief.any()
+
+
 def test_each_signature_has_its_graph_after_three_ordinary_calls(graphs):
     """Two shapes and two values of the flag: four graphs; the results are those of the plain method."""
     module, agents, _ = twins("sac")

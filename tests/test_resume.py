@@ -269,12 +269,15 @@ HELD |= {"mage": DELAYED | MODEL | {"termination"}}
 HELD |= {
     "mbpo": SOFT | MODEL | {"elites", "termination", "termination_optimizer", "imagined", "refit_report"}
 }
+HELD["maac"] = HELD["mbpo"]
+HELD |= {"svg": NETWORKS | {"slow_actor", "model", "reward", "optimizer", "actor_optimizer", "taken"}}
 HELD |= {"pilco": {"actor", "processes", "episode", "planned", "report"}}  # optimisers begin anew each trial
 PLANNER = MODEL | {"termination", "termination_optimizer", "intended", "outlook", "fitted"}
 HELD |= {"pets": PLANNER | {"episode", "learned"}}
 HELD |= {"poplin": HELD["pets"] | {"actor", "actor_optimizer", "executed", "distilled"}}
 HELD |= {"me_trpo": MODEL | {"actor", "explorer", "change", "baseline", "starts", "learned", "loops"}}
 HELD["me_trpo"] |= {"termination", "termination_optimizer", "report"}
+HELD |= {"dreamer": NETWORKS | {"model", "optimizer", "belief", "return_spread", "report"}}
 HELD |= {"steve": NETWORKS | {"optimizer", "model_optimizer", "transition", "termination", "rewards"}}
 
 
@@ -308,7 +311,7 @@ def test_checkpoint_holds_everything(stepwise, finished, tmp_path):
         assert 60 < agent["learned"] <= step and agent["intended"].any() and agent["fitted"].all()
     if stepwise == "me_trpo":
         assert all(agent[name].all() for name in ("change", "baseline", "starts", "loops"))
-    if stepwise == "mbpo":
+    if stepwise in ("mbpo", "maac"):
         assert len(agent["imagined"]["rows"]) > 50 and agent["refit_report"].abs().min() > 0
 
 

@@ -10,7 +10,8 @@ SIZES = {
     "poplin/Ant-v0": 27, "poplin/Cheetah-v0": 17, "poplin/Hopper-v0": 11, "poplin/Swimmer-v0": 9,
     "poplin/Walker2d-v0": 17, "pets/Cheetah-v0": 19, "mbpo/Ant-v0": 27, "mbpo/HalfCheetah-v0": 17,
     "mbpo/Hopper-v0": 11, "mbpo/Humanoid-v0": 45, "mbpo/Walker2d-v0": 17, "mve/HalfCheetah-v0": 18,
-    "mve/Swimmer-v0": 10, "mve/Walker2d-v0": 18, "pets/CartPole-v0": 4,
+    "mve/Swimmer-v0": 10, "mve/Walker2d-v0": 18, "pets/CartPole-v0": 4, "masked/HalfCheetah-v0": 8,
+    "masked/Hopper-v0": 5, "masked/InvertedPendulum-v0": 2,
 }  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def steps(name: str, number: int):
 
 def test_all_are_here():
     make("poplin/Hopper-v0")
-    assert {n for n in gym.registry if n.startswith(("poplin/", "pets/", "mbpo/", "mve/"))} == set(SIZES)
+    ours = ("poplin/", "pets/", "mbpo/", "mve/", "masked/")
+    assert {n for n in gym.registry if n.startswith(ours)} == set(SIZES)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -170,6 +172,25 @@ def test_mbpo_three_dimensional_tasks(name, bonus):
             if ours[2]:
                 break
     assert ends > 0 or name == "Ant"
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "InvertedPendulum"])
+def test_masked_tasks_hide_velocities_and_change_nothing_else(name):
+    """The same rewards and ends as the plain task's in the same states; only positions are seen."""
+    plain, env, rng = gym.make(f"{name}-v5"), make(f"masked/{name}-v0"), np.random.default_rng(0)
+    hidden = {"HalfCheetah": 1, "Hopper": 1, "InvertedPendulum": 0}[name]  # the root's x
+    for seed in range(3):
+        starts = plain.reset(seed=seed)[0], env.reset(seed=seed)[0]
+        for _ in range(100):
+            assert np.array_equal(starts[1], starts[0][: SIZES[f"masked/{name}-v0"]])
+            assert np.array_equal(starts[1], env.unwrapped.data.qpos[hidden:])
+            action = rng.uniform(env.action_space.low, env.action_space.high).astype(np.float32)
+            theirs, ours = plain.step(action), env.step(action)
+            assert ours[1:4] == theirs[1:4]
+            starts = theirs[0], ours[0]
+            if ours[2]:
+                break
+        assert env.unwrapped.data.qvel.any() and (ours[2] or name == "HalfCheetah")
 
 
 def test_walker_has_the_old_feet():

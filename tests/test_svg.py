@@ -275,6 +275,60 @@ def test_dynamics_learn_a_linear_world():
     assert metrics["model/error_1"] < 0.02 and metrics["model/error_2"] < 0.02 < 0.2 < before
 
 
+# ---------------------------------------------------------------- value-aware dynamics
+
+
+def test_value_error_by_hand():
+    """V = 2 x, x̂ 0.3 beside x: 0.18 and the gradient 1.2; none where they agree."""
+    for apart, loss, slope in ((0.3, 0.18, 1.2), (0.0, 0.0, 0.0)):
+        predicted = column(1 + apart).requires_grad_()
+        error = svg.value_errors(2 * predicted, 2 * column(1.0))
+        error.sum().backward()
+        assert error.item() == pytest.approx(loss) and predicted.grad.item() == pytest.approx(slope)
+
+
+def test_slow_value_is_the_smaller_slow_critics_at_the_best_action():
+    """No draw, no gradient but through the states."""
+    agent, obs = make_agent("sac_svg_h", "--value-loss", 1), torch.randn(9, 1, requires_grad=True)
+    for p in agent.critic_target.parameters():
+        p.data.add_(0.1 * torch.randn(p.shape))
+    before = torch.get_rng_state()
+    value = agent.slow_value(obs)
+    assert torch.equal(before, torch.get_rng_state())
+    action = agent.policy(obs, True)
+    assert torch.allclose(value, torch.minimum(*agent.critic_target(obs, action)))
+    value.sum().backward()
+    parts = (agent.actor, agent.critic, agent.critic_target)
+    assert obs.grad.abs().min() > 0 and all(p.grad is None for part in parts for p in part.parameters())
+    assert all(p.requires_grad for p in agent.actor.parameters())
+
+
+def test_value_loss_is_added_to_that_of_the_states(monkeypatch):
+    """Two steps of three sequences, the last of weight 0, V = 2 x: gradients add up as c says, in f alone."""
+    obs, action, weight = torch.randn(3, 3, 1), torch.rand(3, 3, 1), torch.tensor([1.0, 1.0, 0.0])
+    obs[:, 2] = 50
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, most: torch.zeros(()))
+    found, parts = [], []
+    for c in (0, 1, 3):
+        torch.manual_seed(2)
+        agent = make_agent("sac_svg_h", "--horizon", 2, "--value-loss", c)
+        agent.slow_value, agent.model_optimizer.step = lambda obs: 2 * obs[:, 0], lambda: None
+        parts.append(agent.fit_dynamics(obs, action, weight))
+        found.append(torch.cat([p.grad.flatten() for p in agent.model.parameters()]))
+        assert all(p.grad is None for part in (agent.actor, agent.critic) for p in part.parameters())
+    kept = []
+    svg.sequence_errors(agent.model, obs, action, kept)
+    apart = 2 * (torch.stack(kept) - obs[1:])[:, :2, 0]
+    agent.model.zero_grad()
+    (0.5 * apart.square()).mean().backward()
+    alone = torch.cat([p.grad.flatten() for p in agent.model.parameters()])
+    for c, gradient in zip((1, 3), found[1:], strict=True):
+        assert torch.allclose(gradient - found[0], c * alone, atol=1e-5)
+    assert alone.abs().max() > 0.1 and "model/value_error" not in parts[0]
+    assert parts[1]["model/value_error"].item() == pytest.approx(apart.square().mean().sqrt().item())
+    assert all(torch.equal(parts[0][f"model/error_{k}"], parts[1][f"model/error_{k}"]) for k in (1, 2))
+
+
 # ---------------------------------------------------------------- sequences
 
 
@@ -662,6 +716,7 @@ def test_schedules_by_task(flags, expected):
         (("--entropy-decay", 2), "--entropy-decay 2.0"),
         (("--preset", "best"), "preset"),
         (("--gru-layers", 0), "--gru-layers 0"),
+        (("--horizon", 0, "--value-loss", 0.5), "--value-loss 0.5"),
     ],
 )
 def test_contradictions_are_refused(flags, named):

@@ -3,7 +3,7 @@
     python experiments/curves.py export runs docs/results/foundation     # eval.csv of every complete run
     python experiments/curves.py plot docs/results/foundation/Hopper-v5 --out docs/figures/hopper.png
     python experiments/curves.py plot docs/results/maac/InvertedPendulum-v5 \\
-        docs/results/svg-paths/InvertedPendulum-v5/svg/default --level 950    # and when each seed got there
+        docs/results/svg-paths/InvertedPendulum-v5/svg/horizon-1 --level 950    # and when each seed got there
     python experiments/curves.py scalars runs --tags model/nll --csv nll.csv --figure nll.png
 
 Exported files lie at <folder>/<task>/<algorithm>/<settings>/<seed>.csv, settings being `default` or the

@@ -148,7 +148,9 @@ def plot(methods: dict, title: str, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.6 + 0.1 * len(methods)), constrained_layout=True)
+    columns = 2 if len(methods) > 4 and max(map(len, methods)) < 40 else 1
+    height = 3.4 + 0.17 * -(-len(methods) // columns)  # and a line for each row of the legend
+    figure, axes = plt.subplots(figsize=(6.4, height), constrained_layout=True)
     looks = itertools.product(("-", "--", ":"), COLOURS)
     for (method, runs), (dashes, colour) in zip(methods.items(), itertools.cycle(looks), strict=False):
         steps = sorted(set.intersection(*({step for step, _ in rows} for rows in runs.values())))
@@ -166,7 +168,7 @@ def plot(methods: dict, title: str, out: Path) -> None:
     axes.set(title=title, xlabel="environment steps", ylabel="return (deterministic policy)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=1 + (len(methods) > 4))
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
 

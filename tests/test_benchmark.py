@@ -441,6 +441,7 @@ def test_suites_include_suites(tmp_path):
     assert code == 2 and "include: must not lead back to" in error
 
 
+@long
 def test_a_suite_ends_with_a_report(tmp_path):
     """Runs, table of outcomes, report of exactly these runs; the second time everything is there already."""
     suite = tmp_path / "mine.toml"
@@ -484,6 +485,7 @@ def test_time_limit_stops_in_time_and_the_same_line_goes_on(tmp_path, launcher, 
     assert (code, error) == (2, "error: --time-limit 2: must be a number, at least 3\n")
 
 
+@long
 def test_two_launchers_share_a_run(tmp_path):
     """Both are given the same run at once: one of them carries it out, the other waits and finds it done."""
     flags = ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", 1]

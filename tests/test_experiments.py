@@ -558,6 +558,7 @@ def test_curves_of_several_folders_and_steps_to_a_level(tmp_path):
     )
 
 
+@long
 def test_scalars_of_runs_are_a_table(tmp_path):
     """Values are TensorBoard's; runs that are not complete, or have no such tag, are left out."""
     first = run("sac_vaml", tmp_path / "runs")
@@ -633,6 +634,7 @@ def test_errors_of_a_drifting_model_compound():
 ARTIFICIAL = "--widths 8 --seeds 1,2 --transitions 300 --epochs 3 --threads 1".split()
 
 
+@long
 def test_artificial_worlds_resume(tmp_path):
     """Cells of two worlds, three losses and the truth; the first cell kept, the second comes out the same."""
     done = experiment("vaml_artificial", *ARTIFICIAL, "--csv", tmp_path / "a.csv")

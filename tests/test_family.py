@@ -26,6 +26,7 @@ from tests.conftest import (
     differing,
     evaluations,
     load,
+    long,
     run,
     scalars,
     tiny,
@@ -141,13 +142,14 @@ LOSS = {"pilco": "losses/predicted_cost", "pets": "losses/model_loss", "poplin":
 LOSS |= {"me_trpo": "losses/surrogate"}
 
 
-def test_file_runs_alone_in_an_empty_folder(algo, tmp_path):
+@pytest.mark.parametrize("name", [n if n in LOOPS else pytest.param(n, marks=long) for n in ALGOS])
+def test_file_runs_alone_in_an_empty_folder(name, tmp_path):
     """Copied by itself, 300 steps with real updates on a real task."""
-    shutil.copy(ROOT / "algos" / f"{algo}.py", tmp_path)
-    flags = tiny(algo, "--env-id", "TorqueBall-v0" if algo in EPISODIC else "InvertedPendulum-v5")
+    shutil.copy(ROOT / "algos" / f"{name}.py", tmp_path)
+    flags = tiny(name, "--env-id", "TorqueBall-v0" if name in EPISODIC else "InvertedPendulum-v5")
     environment = {**os.environ, "PYTHONPATH": ""}
     subprocess.run(
-        [sys.executable, f"{algo}.py", *flags], cwd=tmp_path, env=environment, check=True, timeout=300
+        [sys.executable, f"{name}.py", *flags], cwd=tmp_path, env=environment, check=True, timeout=300
     )
     (folder,) = (tmp_path / "runs").iterdir()
     first, last = (
@@ -155,7 +157,7 @@ def test_file_runs_alone_in_an_empty_folder(algo, tmp_path):
     )
     assert last["step"] == 300
     networks = [n for n, part in last["agent"].items() if isinstance(part, dict) and "state" not in part]
-    assert LEARNED.get(algo, {"actor", "critic", "critic_target"}) <= set(networks)
+    assert LEARNED.get(name, {"actor", "critic", "critic_target"}) <= set(networks)
     for part in networks:
         a, b = (list(state["agent"][part].values()) for state in (first, last))
         assert all(not torch.equal(x, y) for x, y in zip(a, b, strict=True) if x.numel() > 8), part

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import load, tiny
+from tests.conftest import load, long, tiny
 from tests.tasks import RHO, A, B, Q
 
 sac, mve = load("sac"), load("sac_mve")
@@ -285,6 +285,7 @@ def test_one_update_equals_three_separate_ones(replayed):
             assert torch.allclose(a, b, atol=1e-6)
 
 
+@long
 def test_bandit_finds_the_closest_squashed_gaussian():
     """γ = 0, r = −(a − 0.3)², α = 0.1 fixed: the optimum in KL is μ = 0.3207, σ = 0.2515 before tanh."""
     flags = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from tests.conftest import ROOT, TINY, load, run
+from tests.conftest import ROOT, TINY, load, long, run
 
 EXPERIMENTS = ROOT / "experiments"
 if str(EXPERIMENTS) not in sys.path:
@@ -196,6 +196,7 @@ def test_page_names_what_is_missing(tmp_path):
     assert "complete" not in report.write_report([curve], tmp_path, pictures=False)
 
 
+@long
 def test_export_of_a_suite_takes_its_runs_alone(tmp_path):
     """Of two complete runs the one that the suite asks for, whatever its threads, under its name."""
     mine = run("sac", tmp_path / "runs", "--gamma", 0.5, "--num-threads", 2)

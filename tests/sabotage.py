@@ -536,7 +536,7 @@ def main() -> int:
                 "no:cacheprovider",
                 f"tests/{tests}.py",
             ]
-            environment = {**os.environ, "FARSIGHT_KILLS": "1", "PYTHONPATH": str(copy)}
+            environment = {**os.environ, "FARSIGHT_KILLS": "1", "FARSIGHT_LONG": "1", "PYTHONPATH": str(copy)}
             out = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         failed = [
             line.split("::")[1].split(" ")[0] for line in out.stdout.splitlines() if line.startswith("FAILED")

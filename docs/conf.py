@@ -53,7 +53,8 @@ QUESTIONS = """\
 
 """
 NAVIGATION = {
-    "How far to look ahead?": ["explorer", "when_to_trust_your_model", "iter_vaml", "local_models"],
+    "How far to look ahead?": "explorer when_to_trust_your_model gradients_through_models".split()
+    + ["iter_vaml", "local_models"],
     "Make it yours": ["make_it_yours", "your_task", "use_your_agent", "contributing"],
     "Reproduce": ["claims", "cluster", "gpu"],
 }

@@ -52,9 +52,9 @@ QUESTIONS = """\
 </div>
 
 """
+LOOK_AHEAD = "explorer when_to_trust_your_model gradients_through_models iter_vaml local_models".split()
 NAVIGATION = {
-    "How far to look ahead?": "explorer when_to_trust_your_model gradients_through_models".split()
-    + ["iter_vaml", "local_models"],
+    "How far to look ahead?": LOOK_AHEAD,
     "Make it yours": ["make_it_yours", "your_task", "use_your_agent", "contributing"],
     "Reproduce": ["claims", "cluster", "gpu"],
 }

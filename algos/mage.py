@@ -253,7 +253,7 @@ def constant(module: nn.Module):
 
 
 def td_target(reward: Tensor, done: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """(1): r + γ (1 − d) q', all [B]."""
+    """r + γ (1 − d) q', all [B]."""
     assert reward.shape == done.shape == next_q.shape
     return reward + gamma * (1 - done) * next_q
 

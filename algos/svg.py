@@ -295,7 +295,7 @@ def weighted_value_loss(value: Tensor, target: Tensor, weight: Tensor) -> Tensor
 
 
 def td_target(reward: Tensor, done: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """(1): r + γ (1 − d) q', all [B]."""
+    """r + γ (1 − d) q', all [B]."""
     assert reward.shape == done.shape == next_q.shape
     return reward + gamma * (1 - done) * next_q
 
@@ -448,7 +448,7 @@ class Agent:
             self.log_alpha = torch.tensor(math.log(args.init_alpha), device=device, requires_grad=True)
             climbs.append({"params": [self.log_alpha], "lr": args.alpha_lr})
         if args.whole_episodes:
-            self.report = torch.zeros(3 if args.kl > 0 else 2, device=device)  # of the last policy step
+            self.report = torch.zeros(4 if args.kl > 0 else 3, device=device)  # of the last policy step
         self.optimizer = optim.Adam(fits, fused=True, capturable=fast)
         self.actor_optimizer = optim.Adam(climbs, fused=True, capturable=fast)
 
@@ -507,8 +507,8 @@ class Agent:
             found = self.climb(buffer[places], buffer.taken[places], linked, weight)
             self.report.copy_(torch.stack(list(found.values())))
             buffer.finished = None
-        names = ["losses/actor_loss", "policy/gradient_norm", *(["losses/kl"] if self.args.kl > 0 else [])]
-        return metrics | dict(zip(names, self.report.unbind(), strict=True))
+        names = ["losses/actor_loss", "policy/gradient_norm", "policy/overflow", "losses/kl"]
+        return metrics | dict(zip(names, self.report.unbind(), strict=False))
 
     def critic_loss(self, batch: Batch, bonus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scalar, and the values [B] that it draws to their targets."""
@@ -598,15 +598,18 @@ class Agent:
         self.actor_optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.actor.parameters(), args.gradient_norm)
-        for parameter in self.actor.parameters():  # products of many Jacobians can overflow: no step then
-            parameter.grad.nan_to_num_(0, 0, 0)
+        report = {"losses/actor_loss": actor_loss.detach(), "policy/gradient_norm": norm}
+        if args.whole_episodes:  # products of hundreds of Jacobians can overflow: the gradient is 0 then
+            for parameter in self.actor.parameters():
+                parameter.grad.nan_to_num_(0, 0, 0)
+            whole = actor_loss.detach().isfinite() & norm.isfinite()
+            report = {name: torch.where(whole, value, 0.0) for name, value in report.items()}
+            report["policy/overflow"] = 1.0 - whole.float()
         self.actor_optimizer.step()
-        report = actor_loss.detach().nan_to_num(), norm.nan_to_num()
-        metrics = dict(zip(("losses/actor_loss", "policy/gradient_norm"), report, strict=True))
         if args.kl > 0:
             polyak(self.slow_actor, self.actor, args.tau)
-            metrics["losses/kl"] = divergence.detach()
-        return metrics
+            report["losses/kl"] = divergence.detach()
+        return report
 
     def state_dict(self) -> dict:
         """Every module, optimiser and tensor the agent holds, found by type so that none is forgotten."""

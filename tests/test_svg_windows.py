@@ -593,14 +593,20 @@ def test_deviation_has_a_floor_that_does_not_hold_it():
     assert agent.actor.raw_std.grad.item() > 0.1
 
 
-def test_gradient_is_clipped_and_what_overflows_is_no_step():
-    agent = make_agent("--gradient-norm", 1e-3)
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradient_is_clipped_and_what_overflows_along_an_episode_is_zero(whole):
+    """Along whole episodes it is counted; elsewhere the loss stays what it is, which ends the run."""
+    agent = make_agent("--gradient-norm", 1e-3, *(["--whole-episodes"] if whole else []))
     batch, taken, linked = window(agent, played_buffer(svg, agent))
-    still(agent).climb(batch, taken, linked, torch.ones(16))
+    metrics = still(agent).climb(batch, taken, linked, torch.ones(16))
     assert gradients(agent.actor).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert metrics.get("policy/overflow", 0) == 0 and metrics["losses/actor_loss"] != 0
     metrics = agent.climb(batch, taken, linked, torch.full((16,), math.inf))
-    assert gradients(agent.actor).abs().max() == 0
-    assert all(value.isfinite() for value in metrics.values())  # else the run would end
+    if whole:
+        assert gradients(agent.actor).abs().max() == 0 and metrics["policy/overflow"] == 1
+        assert all(value.isfinite() for value in metrics.values())
+    else:
+        assert not metrics["losses/actor_loss"].isfinite()
 
 
 def test_divergence_holds_the_policy_back():

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
 # Many runs in parallel, resumed or skipped as needed: ./benchmark.sh --help
-exec "${PYTHON:-python}" "$(dirname -- "$0")/experiments/launch.py" "$@"
+root=$(cd -- "$(dirname -- "$0")" && pwd)
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$root/experiments/bench/launch.py" "$@"

@@ -19,7 +19,7 @@ else learned with the model, as is the change of the state, both in deviations o
     L_f = mean ((f(s, a) − (s' − s)) / σ)²                                                   (7)
 
     python algos/ddpg_mve.py --horizon 3
-    python algos/ddpg_mve.py --preset paper --env-id experiments.suites:mve/HalfCheetah-v0
+    python algos/ddpg_mve.py --preset paper --env-id experiments.tasks:mve/HalfCheetah-v0
     python algos/ddpg_mve.py --resume runs/<run>     # goes on where it stopped, in the same bits
 """
 

@@ -23,7 +23,7 @@ The papers' Dreamer sees pixels; V2 and V3 have settings for state vectors, with
 Gaussian as in V1. What is whose, and what each of V3's tricks does on states: docs/dreamer.md.
 
     python algos/dreamer.py                         # InvertedPendulum-v5, 10 000 steps
-    python algos/dreamer.py --env-id experiments.suites:masked/InvertedPendulum-v0   # no velocities
+    python algos/dreamer.py --env-id experiments.tasks:masked/InvertedPendulum-v0   # no velocities
     python algos/dreamer.py --resume runs/<run>     # goes on where it stopped and ends in the same bits
 """
 

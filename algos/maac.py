@@ -493,7 +493,7 @@ class ImaginedReplay(nn.Module):
 def known_termination(env: gym.Env):
     """The task's rule on observations: next obs [B, n] -> done [B], 0 or 1; None for tasks without one here.
 
-    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.suites. Other
+    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.tasks. Other
     bounds are unknown; what never terminates never does here.
     """
     task = env.unwrapped

@@ -383,7 +383,7 @@ def accepted(returns: Tensor, best: Tensor, worse_share: float) -> bool:
 def known_termination(env: gym.Env):
     """The task's rule on observations: next obs [B, n] -> done [B], 0 or 1; None for tasks without one here.
 
-    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.suites. Other
+    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.tasks. Other
     bounds are unknown; what never terminates never does here.
     """
     task = env.unwrapped
@@ -424,7 +424,7 @@ def known_termination(env: gym.Env):
 def reward_function(env: gym.Env, device: torch.device):
     """The task's reward as a function of (obs [B, n], action [B, m], next obs [B, n]) -> [B], or None.
 
-    Actions are in [−1, 1]. InvertedPendulum-v5, Pendulum, and pets/.. and poplin/.. of experiments.suites; of
+    Actions are in [−1, 1]. InvertedPendulum-v5, Pendulum, and pets/.. and poplin/.. of experiments.tasks; of
     these only InvertedPendulum ends before its time limit, by `known_termination`.
     """
     task, name = env.unwrapped, task_name(env.spec.id if env.spec else "")

@@ -26,7 +26,7 @@ The authors' code has 10 basis functions for the cart-pole and searches 150 line
 evaluations in all. As in that code S is of the latent f, without σ², and J begins at s_1.
 
     python algos/pilco.py                    # InvertedPendulum-v5 in about 200 steps: a minute on a laptop
-    python algos/pilco.py --env-id experiments.suites:pilco/CartPole-v0     # swing-up in about ten trials
+    python algos/pilco.py --env-id experiments.tasks:pilco/CartPole-v0     # swing-up in about ten trials
     python algos/pilco.py --resume runs/<run>   # goes on where it stopped and ends in the same bits
 """
 

@@ -25,7 +25,7 @@ The authors' code sets W to the mean in (8a) where the paper adds it, trains (8b
 by the error of every fifth epoch against that of the one before, and executes actions beyond ±1: not here.
 
     python algos/poplin.py                     # POPLIN-P on InvertedPendulum-v5
-    python algos/poplin.py --search actions --env-id experiments.suites:pets/CartPole-v0   # POPLIN-A
+    python algos/poplin.py --search actions --env-id experiments.tasks:pets/CartPole-v0   # POPLIN-A
     python algos/poplin.py --resume runs/<run>   # goes on where it stopped and ends in the same bits
 """
 
@@ -332,7 +332,7 @@ class Discriminator(nn.Module):
 def known_termination(env: gym.Env):
     """The task's rule on observations: next obs [B, n] -> done [B], 0 or 1; None for tasks without one here.
 
-    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.suites. Other
+    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.tasks. Other
     bounds are unknown; what never terminates never does here.
     """
     task = env.unwrapped
@@ -373,7 +373,7 @@ def known_termination(env: gym.Env):
 def reward_function(env: gym.Env, device: torch.device):
     """The task's reward as a function of (obs [B, n], action [B, m], next obs [B, n]) -> [B], or None.
 
-    Actions are in [−1, 1]. InvertedPendulum-v5, Pendulum, and pets/.. and poplin/.. of experiments.suites; of
+    Actions are in [−1, 1]. InvertedPendulum-v5, Pendulum, and pets/.. and poplin/.. of experiments.tasks; of
     these only InvertedPendulum ends before its time limit, by `known_termination`.
     """
     task, name = env.unwrapped, task_name(env.spec.id if env.spec else "")

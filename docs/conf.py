@@ -15,12 +15,11 @@ from pathlib import Path
 
 from docutils import nodes
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import explorer
-
-DOCS = explorer.DOCS
+DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))  # a configuration is no module of a package
+
+from experiments.report import explorer  # noqa: E402
 
 project, author, html_title = "Farsight", "the authors of Farsight", "Farsight"
 extensions = ["myst_parser"]

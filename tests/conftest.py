@@ -1,5 +1,6 @@
 """Shared fixtures: the algorithm files as modules, and runs small enough to repeat."""
 
+import csv
 import ctypes.util
 import dataclasses
 import importlib.util
@@ -106,6 +107,19 @@ def shell(name: str, *flags: object, **options) -> subprocess.CompletedProcess:
     """The file as a user starts it, from the repository's root."""
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | options
     return subprocess.run(command(name, *flags), **options)
+
+
+def tool(name: str, *flags: object, **options) -> subprocess.CompletedProcess:
+    """experiments/<name> as a user starts it, from the repository's root."""
+    words = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(words, **options)
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The rows of a table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def flat(value, prefix=""):

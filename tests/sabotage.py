@@ -14,25 +14,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORACLE, RETRACE, SVG = "test_oracle", "test_retrace", "test_svg"
-DDPG, MIN = "test_ddpg", "test_ddpg_mve_min"
-VAML, MAGE, MBPO, STEVE, GRAPHS = "test_vaml", "test_mage", "test_mbpo", "test_steve", "test_graphs"
-ODD, HABITS, AFTER = "test_odd_tasks", "test_habits", "test_after_training"
-PILCO, PETS, COSTS = "test_pilco", "test_pets", "test_costs"
-METRPO = "test_me_trpo"
-POPLIN = "test_poplin"
-DREAMER = "test_dreamer"
-PATHS = "test_svg_windows"
-MAAC = "test_maac"
-MATH, RUNS, FAILURES, RESUME, FAMILY, BAD, ACTING = (
-    "test_math",
-    "test_runs",
-    "test_failure_modes",
-    "test_resume",
-    "test_family",
-    "test_bad_input",
-    "test_acting",
+ORACLE, RETRACE, SVG, DDPG, MIN, VAML, MAGE, MBPO, STEVE = (
+    "oracle retrace svg ddpg ddpg_mve_min vaml mage mbpo steve".split()
 )
+GRAPHS, ODD, HABITS, AFTER, PILCO, PETS, COSTS, METRPO, POPLIN = (
+    "graphs odd_tasks habits watch pilco pets costs me_trpo poplin".split()
+)
+DREAMER, PATHS, MAAC, MATH, RUNS, FAILURES, RESUME, FAMILY, BAD = (
+    "dreamer svg_windows maac math runs failure_modes resume family bad_input".split()
+)
+ACTING = "acting".split()
 SABOTAGES = [  # name, old text, new text, test modules
     ("sign of the entropy in the target", "next_q - alpha * next_log_prob", "next_q + alpha * next_log_prob", MATH),
     ("no entropy in the target", "next_q - alpha * next_log_prob", "next_q", MATH),
@@ -525,22 +516,12 @@ def main() -> int:
             assert files, f"{name}: the text to break is gone: {old}"
             for path in files:
                 path.write_text(path.read_text().replace(old, new))
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "--tb=no",
-                "-p",
-                "no:cacheprovider",
-                f"tests/{tests}.py",
-            ]
+            (path,) = (copy / "tests").glob(f"*/test_{tests}.py")
+            command = [sys.executable, *"-m pytest -q -x --tb=no -p no:cacheprovider".split(), path]
             environment = {**os.environ, "FARSIGHT_KILLS": "1", "FARSIGHT_LONG": "1", "PYTHONPATH": str(copy)}
             out = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-        failed = [
-            line.split("::")[1].split(" ")[0] for line in out.stdout.splitlines() if line.startswith("FAILED")
-        ]
+        lines = out.stdout.splitlines()
+        failed = [line.split("::")[1].split(" ")[0] for line in lines if line.startswith("FAILED")]
         print(f"{name:<40} {failed[0] if failed else 'NOT NOTICED'}", flush=True)
         if not failed:
             unnoticed.append(name)

@@ -29,7 +29,7 @@
   const link = (href, text, kind) => element("a", { href, class: kind }, text);
   const badge = (verdict) => element("span", { class: `verdict ${SIDES[verdict] ?? "open"}` }, verdict);
   const code = (text) => text.split("`").map((part, i) => i % 2 ? element("code", {}, part) : part);
-  const taskName = (task) => task.replace("experiments.suites-", "");
+  const taskName = (task) => task.replace("experiments.tasks-", "");
 
   function numeral(value) {
     if (value === null) return "";

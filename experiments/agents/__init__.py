@@ -1,0 +1,1 @@
+"""A trained agent: watch it, keep it small."""

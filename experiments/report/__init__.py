@@ -1,0 +1,1 @@
+"""Runs and results: reading, statistics, tables, curves, verdicts, the explorer."""

@@ -1,0 +1,1 @@
+"""One file, one figure or table of a paper."""

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import shlex
 import shutil
 import subprocess
@@ -9,12 +10,13 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
-from experiments.agents import keep, watch
-from tests.conftest import EPISODIC, ROOT, evaluations, flat, learner, load, run, sizes, tiny
+from experiments.agents import clip, keep, watch
+from tests.conftest import EPISODIC, ROOT, evaluations, flat, learner, load, run, sizes, tiny, tool
 from tests.docs.test_docs import blocks
 from tests.every_file.test_family import mujoco_renders
 
@@ -29,9 +31,8 @@ def look(folder: Path, **options) -> list[dict]:
 
 
 def start(cwd: Path, *words: object) -> subprocess.CompletedProcess:
-    """watch.py as a user starts it."""
-    command = [sys.executable, "-m", "experiments.agents.watch", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    """watch.py as a user starts it, from any folder."""
+    return tool("agents.watch", *words, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def last_row(folder: Path) -> dict[str, float]:
@@ -393,3 +394,31 @@ def test_mistakes_of_keeping(finished, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr().err
         assert said.startswith("error: ") and expected in said and said.count("\n") == 1
     assert not (tmp_path / "new").exists() and list((tmp_path / "there").iterdir()) == []
+
+
+# ---------------------------------------------------------------- clip.py
+
+
+def test_a_clip_is_a_moving_picture(pendulum, tmp_path, capsys):
+    """Every second step of the evaluation's first episode, at the task's speed; a kept agent will do."""
+    if not mujoco_renders():
+        pytest.skip("no OpenGL here: set MUJOCO_GL=osmesa or egl")
+    keep.keep(pendulum, tmp_path / "kept")
+    out = tmp_path / "new" / "a.gif"
+    words = [str(tmp_path / "kept"), str(out), *"--first 2 --last 5 --width 64".split()]
+    assert clip.main(words) == 0
+    first, *_ = frames = iio.imread(out)
+    assert first.shape == (36, 64, 3) and len(frames) == 2 and np.ptp(first) > 50
+    assert iio.immeta(out)["duration"] == 80  # milliseconds: 25 steps a second
+    for words, text in (
+        ([tmp_path / "none", out], "none: must be a run's folder"),
+        ([pendulum, tmp_path / "a.mp4"], "must end in .gif"),
+        ([pendulum, out, "--last", "61"], "--last 61: must be at least 62"),
+        ([pendulum, out, "--first", "5000", "--last", "9000"], "--first 5000: must be two pictures"),
+        ([pendulum, out, "--camera", "none"], "--camera none: must be left out: InvertedPendulum-v5 has"),
+    ):
+        before = out.read_bytes()
+        assert clip.main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and text in error and error.count("\n") == 1
+        assert out.read_bytes() == before and not (tmp_path / "a.mp4").exists()

@@ -581,14 +581,13 @@ BLOCK = '[[runs]]\nalgos = ["sac"]\nenv_ids = ["Pendulum-v1"]\nseeds = [1]\n'
 
 
 def test_a_block_sweeps_flags(tmp_path):
-    """Once for every combination of the values; a file without the flag is run once; booleans, words, paths."""
+    """Once for every combination of their values; a file without the flag is run once."""
     suite = tmp_path / "mine.toml"
     block = '[[runs]]\nalgos = ["sac", "sac_mve"]\nenv_ids = ["Pendulum-v1"]\nseeds = [1, 2]\n'
     suite.write_text(block + 'flags = "--gamma 0.9"\nhorizon = [0, 3]\ntdk = [true, false]\n')
     _, planned = jobs.suite_jobs(str(suite), str(tmp_path / "runs"), 1, [])
-    found = [
-        (job.algo, job.wanted["seed"], job.wanted.get("horizon"), job.wanted.get("tdk")) for job in planned
-    ]
+    of = lambda job: (job.algo, job.wanted["seed"], job.wanted.get("horizon"), job.wanted.get("tdk"))
+    found = [of(job) for job in planned]
     mve = [("sac_mve", seed, h, tdk) for seed in (1, 2) for h in (0, 3) for tdk in (True, False)]
     assert found == [("sac", 1, None, None), *mve[:4], ("sac", 2, None, None), *mve[4:]]
     assert {job.wanted["gamma"] for job in planned} == {0.9}

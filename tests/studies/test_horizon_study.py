@@ -62,7 +62,7 @@ def test_settings_beside_the_horizon(tmp_path):
 def test_runs_without_evaluations(rows, tmp_path):
     write_runs(tmp_path, {("sac_ove", "horizon-1"): {1: rows}})
     with pytest.raises(
-        ValueError, match="must have an evaluation after step 0|must be the evaluations of a run"
+        ValueError, match=r"must have an evaluation after step 0|must be the evaluations of a run"
     ):
         study.read_areas(tmp_path)
 

@@ -1,0 +1,82 @@
+"""The house of experiments: rooms import from those below them, and every command of the pages is its own."""
+
+import ast
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+HOUSE = ROOT / "experiments"
+ROOMS = "algorithms tasks suites report bench studies speed agents".split()  # from the ground up
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+FILES = sorted(HOUSE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of experiments/ that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments"):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if is_module(name) else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("experiments")}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOUSE)))
+def test_imports_lead_down(path):
+    """Into the file's own room or one below; nothing reaches a neighbour through sys.path."""
+    room = path.relative_to(HOUSE).with_suffix("").parts[0]
+    for name in imported(path):
+        assert ROOMS.index(name.split(".")[1]) <= ROOMS.index(room), f"{path} imports {name}"
+    text = path.read_text()
+    assert "sys.path.insert" not in text and "sys.path.append" not in text
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    name_of = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    left = {name_of(path): imported(path) for path in FILES}
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every tool on the pages and in the tools' own first lines."""
+    found = []
+    for path in [*PAGES, *FILES]:
+        text = re.sub(r"\\+\n", " ", path.read_text())
+        for line in re.findall(r"python -m experiments\.[^\n`&)]+", text):
+            found.append((path.name, re.split(r"\s#|, which|: made|  +", line)[0].rstrip(".,:;\"'")))
+    return sorted(set(found))
+
+
+HELP: dict[tuple[str, ...], str] = {}
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_every_command_is_one_of_the_house(page, line, monkeypatch, capsys):
+    """The module is there and knows every flag before a --, which is for the algorithms."""
+    module, *words = shlex.split(line.replace("..", "x"))[2:]
+    words = words[: words.index("--")] if "--" in words else words
+    key = (module, *words[:1]) if words and words[0] in ("plot", "run", "scalars") else (module,)
+    if key not in HELP:
+        monkeypatch.setattr(sys, "argv", [*key, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__")
+        assert end.value.code == 0
+        HELP[key] = capsys.readouterr().out
+    for flag in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{re.escape(flag.split('=')[0])}\b", HELP[key]), f"{page}: {line}"

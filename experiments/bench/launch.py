@@ -6,13 +6,15 @@
 
 What follows -- goes to every algorithm that has the flag (--horizon means nothing to sac.py). Works from any
 folder: paths are relative to where you stand, and tasks of your own are found there. --dry-run prints the
-exact commands and stops. A suite is a file of such lines, one of experiments/bench/suites/ or your own;
-it ends with a report, and what docs/results/<suite>/ has already is not run again, but with --fresh or with
-flags after --. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all its
-arguments agree, so the same line can be given again after a crash, or with more seeds. docs/gpu.md says how
-several share a GPU; --ray hands the same runs to a Ray cluster (docs/cluster.md). With --time-limit it has
-stopped by then, and the same line goes on from the last checkpoints. Exit code: 0 when every run is complete,
-1 when some failed (named, with their logs), 2 for a mistake, 3 when the time was up first.
+exact commands and stops. Each run writes its output to <runs-dir>/logs/. A run belongs to a command when all
+its arguments agree, so the same line can be given again after a crash, or with more seeds.
+
+A suite is a file of such lines, one of experiments/bench/suites/ or your own, whose blocks may sweep a flag,
+as horizon = [0, 1, 3]. It ends with a report; what docs/results/<suite>/ has already is not run again, but
+with --fresh or with flags after --. docs/gpu.md says how several runs share a GPU; --ray hands them to a Ray
+cluster (docs/cluster.md). With --time-limit it has stopped by then, and the same line goes on from the last
+checkpoints. Exit code: 0 when every run is complete, 1 when some failed (named, with their logs), 2 for a
+mistake, 3 when the time was up first.
 """
 
 import functools

@@ -23,7 +23,7 @@ import numpy as np
 from experiments.algorithms import has_flag, load, split_flags
 from experiments.bench.jobs import plan
 from experiments.bench.launch import carry_out
-from experiments.report.pictures import clean, draw, pyplot, save
+from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save
 from experiments.report.reading import at_common_steps, read_folder
 
 METHODS = {
@@ -186,6 +186,33 @@ def plot(curves: dict, title: str, out: Path) -> None:
     save(figure, out)
 
 
+def plot_areas(areas: dict, title: str, out: Path) -> None:
+    """How far each method should look ahead: area over H, mean and 95 % interval (Student's t)."""
+    from experiments.report.stats import mean_interval
+
+    methods = [method for method in METHODS if any(key[0] == method for key in areas)]
+    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
+    looks, at = looks_of(methods), {h: k for k, h in enumerate(sorted({h for _, h in areas}))}
+    for method in methods:
+        horizons = [h for h in at if (method, h) in areas]
+        values = [list(areas[method, h].values()) for h in horizons]
+        places, count = [at[h] for h in horizons], len(values[-1])
+        draw(
+            axes,
+            places,
+            values,
+            looks[method],
+            f"{METHODS[method]} ({count} seeds)",
+            mean_interval,
+            marker="o",
+        )
+    axes.set_xticks(list(at.values()), list(map(str, at)))
+    axes.set(title=title, xlabel="horizon H", ylabel="mean return while learning")
+    clean(axes)
+    legend_below(figure, 2)
+    save(figure, out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,7 +231,11 @@ def main() -> int:
     drawer = commands.add_parser("plot")
     drawer.add_argument("folders", type=Path, nargs="+", help="<folder of exported runs>/<task>, or several")
     drawer.add_argument("--settings", default="", help='beside the horizon, as in "gamma 0.95"')
-    drawer.add_argument("--out", type=Path, help="picture; without it only the tables are printed")
+    drawer.add_argument("--out", type=Path, help="picture of the curves")
+    drawer.add_argument(
+        "--areas", type=Path, help="picture of the areas over H; without either, tables alone"
+    )
+    drawer.add_argument("--title", help="of the pictures (default: the folder's name)")
     args = parser.parse_args()
     try:
         if args.command == "plot":
@@ -233,7 +264,9 @@ def main() -> int:
         return carry_out(jobs, runs_dir, args.workers, args.dry_run)
     print(report(areas))
     if args.out:
-        plot(curves, args.folders[0].name, args.out)
+        plot(curves, args.title or args.folders[0].name, args.out)
+    if args.areas:
+        plot_areas(areas, args.title or args.folders[0].name, args.areas)
     return 0
 
 

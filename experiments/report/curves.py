@@ -12,13 +12,13 @@ settings, seed, step and the tags. Extra `bench`.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from pathlib import Path
 
 from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save
 from experiments.report.reading import Curve, at_common_steps, parts_of, read_folder, settings_of
+from experiments.report.tables import make_folder, write_table
 
 Methods = dict[str, list[Curve]]
 
@@ -154,11 +154,8 @@ def main() -> int:
             where = f"{args.runs}, --every {args.every}"
             print(f"error: {where}: must have complete runs with {', '.join(args.tags)}", file=sys.stderr)
             return 2
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        make_folder(args.csv)
+        write_table(args.csv, rows[0], rows)
         if args.figure:
             plot_scalars(rows, args.tags, args.figure)
         print(f"{len(rows)} rows in {args.csv}")

@@ -14,7 +14,7 @@ for the figure.
 """
 
 import argparse
-import csv
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from experiments.algorithms import load
 from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import make_folder, read_table, write_table
 
 SETTINGS = "transitions,updates,members,hidden,horizon".split(",")  # one table, one set of these
 FIELDS = [*SETTINGS, *"task,seed,loss_steps,k,error,median,unexplained".split(",")]
@@ -203,14 +204,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
 
-    def write(table: list[dict]) -> None:
-        temporary = args.csv.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(table)
-        temporary.replace(args.csv)
-
+    write = functools.partial(write_table, args.csv, FIELDS)
     try:
         for name in ("horizon", "transitions", "updates", "members", "hidden", "threads"):
             if getattr(args, name) < 1:
@@ -222,19 +216,10 @@ def main() -> int:
         if min(args.loss_steps) < 1:
             raise ValueError(f"--loss-steps {min(args.loss_steps)}: must be at least 1")
         needs_matplotlib(args.figure)
-        done = []
-        if args.csv.exists():
-            with open(args.csv, newline="") as file:
-                reader = csv.DictReader(file)
-                done = list(reader)
-            if reader.fieldnames != FIELDS:
-                raise ValueError(f"--csv {args.csv}: must be a table of this script, or not exist")
+        done = read_table(args.csv, FIELDS)
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
-        try:
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--csv {args.csv}: must be a file that can be written: {error}") from error
+        make_folder(args.csv)
         table, paths = measure(args, done, write)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,6 @@ mean, which may balance for 1 000 steps. Two minutes. Extra `bench` for the figu
 """
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import math
@@ -41,6 +40,7 @@ from numpy import ndarray as Array
 from tqdm import tqdm
 
 from experiments.report.pictures import COLOURS, clean, legend_below, pyplot, save
+from experiments.report.tables import write_table
 
 PRIORS = {"none": "no prior", "global": "one Gaussian", "mixture": "mixture of Gaussians"}
 FIELDS = "prior,length,rollouts,seed,iteration,step,balanced,cost,eta,step_size,regressed,averaged".split(",")
@@ -430,11 +430,8 @@ def main() -> int:
     cells = itertools.product(args.lengths, args.rollouts, PRIORS, args.seeds)
     for length, count, prior, seed in tqdm(list(cells), mininterval=1):
         table += learn(prior, length, count, seed, args)
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows({n: float(f"{x:.6g}") if isinstance(x, float) else x for n, x in row.items()}
-                         for row in table)  # fmt: skip
+    short = lambda x: float(f"{x:.6g}") if isinstance(x, float) else x
+    write_table(args.csv, FIELDS, ({n: short(x) for n, x in row.items()} for row in table))
     print(report(table))
     if args.figure:
         plot(table, args.figure)

@@ -26,7 +26,6 @@ Extra `bench`.
 """
 
 import argparse
-import csv
 import os
 import sys
 from functools import partial
@@ -36,6 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import write_table
 from experiments.studies import small_worlds as exact
 from experiments.studies.small_worlds import INF, Softmax, World, garnet, random_features
 
@@ -285,11 +285,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = list(measure(args))
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        for row in table:
-            writer.writerow({k: f"{round(x, 12):.8g}" if isinstance(x, float) else x for k, x in row.items()})
+    short = lambda x: f"{round(x, 12):.8g}" if isinstance(x, float) else x
+    write_table(args.csv, FIELDS, ({k: short(x) for k, x in row.items()} for row in table))
     print(report(table))
     if args.figure:
         plot(table, args.figure)

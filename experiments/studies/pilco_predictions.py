@@ -14,7 +14,6 @@ the extra `bench`.
 """
 
 import argparse
-import csv
 import importlib.util
 import os
 import sys
@@ -25,6 +24,7 @@ import torch
 
 from experiments.algorithms import ROOT
 from experiments.report.pictures import clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import make_folder, read_table, write_table
 
 FIELDS = ["env_id", "seed", "episode", "steps", "return", "cost", "last_reward", "success"]
 
@@ -95,20 +95,12 @@ def trials_of(module, run: Path, agent, args) -> list[dict]:
 
 def add(rows: list[dict], path: Path) -> None:
     """The rows in a table, in the place of those of the same task and seed. ValueError for a foreign one."""
-    kept = []
-    if path.exists():
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != FIELDS:
-                raise ValueError(f"--trials {path}: must be a table of this script, or not exist")
-            run = [str(rows[0][name]) for name in FIELDS[:2]]
-            kept = [row for row in reader if [row[name] for name in FIELDS[:2]] != run]
+    run = [str(rows[0][name]) for name in FIELDS[:2]]
+    found = read_table(path, FIELDS, "--trials")
+    kept = [row for row in found if [row[name] for name in FIELDS[:2]] != run]
+    make_folder(path, "--trials")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows([*kept, *rows])
+        write_table(path, FIELDS, [*kept, *rows])
     except OSError as error:
         raise ValueError(f"--trials {path}: must be a file that can be written: {error}") from error
 

@@ -26,7 +26,6 @@ Without a learned model (sac_ove.py, --horizon 0) only the third line is there. 
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from experiments.algorithms import load
 from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import write_table
 
 FIELDS = "step,h,error_of,bias,bias_se,variance,mse,state_error,cosine,action_cosine,action_norm".split(",")
 
@@ -413,10 +413,7 @@ def main() -> int:
         return 2
     print(show(table))
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(args.csv, FIELDS, table)
     if args.figure:
         plot(table, env_id, args.figure)
     return 0

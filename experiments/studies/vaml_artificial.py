@@ -20,7 +20,7 @@ for the figure.
 
 import argparse
 import copy
-import csv
+import functools
 import math
 import sys
 from itertools import pairwise
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from experiments.algorithms import load
 from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import make_folder, read_table, write_table
 
 SETTINGS = "transitions,epochs,samples,worlds".split(",")  # one table, one set of these
 FIELDS = [*SETTINGS, *"width,realizable,c,seed,value_error,value_error_1,relative,relative_1".split(",")]
@@ -317,14 +318,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
 
-    def write(table: list[dict]) -> None:
-        temporary = args.csv.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(table)
-        temporary.replace(args.csv)
-
+    write = functools.partial(write_table, args.csv, FIELDS)
     try:
         for name in ("epochs", "samples", "threads"):
             if getattr(args, name) < 1:
@@ -335,17 +329,8 @@ def main() -> int:
             if not getattr(args, name) or min(getattr(args, name)) < 1:
                 raise ValueError(f"--{name}: must be numbers of at least 1")
         needs_matplotlib(args.figure)
-        done = []
-        if args.csv.exists():
-            with open(args.csv, newline="") as file:
-                reader = csv.DictReader(file)
-                done = list(reader)
-            if reader.fieldnames != FIELDS:
-                raise ValueError(f"--csv {args.csv}: must be a table of this script, or not exist")
-        try:
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--csv {args.csv}: must be a file that can be written: {error}") from error
+        done = read_table(args.csv, FIELDS)
+        make_folder(args.csv)
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
         table = measure(args, done, write)

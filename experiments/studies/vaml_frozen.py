@@ -16,7 +16,7 @@ resume: stopped, the same command goes on; a seed whose rows are all there is no
 """
 
 import argparse
-import csv
+import functools
 import sys
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from experiments.algorithms import load
 from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import make_folder, read_table, write_table
 
 SETTINGS = "env_id,every,steps,fit_steps,samples,hidden,learning_starts,batch_size".split(
     ","
@@ -206,14 +207,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
 
-    def write(table: list[dict]) -> None:
-        temporary = args.csv.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(table)
-        temporary.replace(args.csv)
-
+    write = functools.partial(write_table, args.csv, FIELDS)
     try:
         for name in ("steps", "every", "samples", "fit_steps", "threads", "hidden"):
             if getattr(args, name) < 1:
@@ -224,18 +218,9 @@ def main() -> int:
         if not args.seeds:
             raise ValueError("--seeds: must not be empty")
         needs_matplotlib(args.figure)
-        done = []
-        if args.csv.exists():
-            with open(args.csv, newline="") as file:
-                reader = csv.DictReader(file)
-                done = list(reader)
-            if reader.fieldnames != FIELDS:
-                raise ValueError(f"--csv {args.csv}: must be a table of this script, or not exist")
-        try:
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-            args.runs_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--csv, --runs-dir: must be places that can be written: {error}") from error
+        done = read_table(args.csv, FIELDS)
+        make_folder(args.csv)
+        make_folder(args.runs_dir / "snapshots", "--runs-dir")
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
         table = measure(args, done, write)

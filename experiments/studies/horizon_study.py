@@ -187,12 +187,13 @@ def plot(curves: dict, title: str, out: Path) -> None:
 
 
 def plot_areas(areas: dict, title: str, out: Path) -> None:
-    """How far each method should look ahead: area over H, mean and 95 % interval (Student's t)."""
+    """How far each method should look ahead: area over H, mean and 95 % interval (Student's t), on an axis
+    that shows the areas there are."""
     from experiments.report.stats import mean_interval
 
     methods = [method for method in METHODS if any(key[0] == method for key in areas)]
     figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
-    looks, at = looks_of(methods), {h: k for k, h in enumerate(sorted({h for _, h in areas}))}
+    looks, at = looks_of(METHODS), {h: k for k, h in enumerate(sorted({h for _, h in areas}))}
     for method in methods:
         horizons = [h for h in at if (method, h) in areas]
         values = [list(areas[method, h].values()) for h in horizons]
@@ -207,7 +208,9 @@ def plot_areas(areas: dict, title: str, out: Path) -> None:
             marker="o",
         )
     axes.set_xticks(list(at.values()), list(map(str, at)))
+    seen = [area for seeds in areas.values() for area in seeds.values()]
     axes.set(title=title, xlabel="horizon H", ylabel="mean return while learning")
+    axes.set_ylim(min(seen) - 0.05 * np.ptp(seen), max(seen) + 0.05 * np.ptp(seen))
     clean(axes)
     legend_below(figure, 2)
     save(figure, out)

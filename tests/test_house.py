@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from experiments import figures
+from tests.conftest import LONG, ROOT
 
 HOUSE = ROOT / "experiments"
-ROOMS = "algorithms tasks suites report bench studies speed agents".split()  # from the ground up
+ROOMS = "algorithms tasks suites report bench studies speed agents figures".split()  # from the ground up
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
 FILES = sorted(HOUSE.rglob("*.py"))
 
@@ -66,6 +67,7 @@ def commands() -> list[tuple[str, str]]:
 HELP: dict[tuple[str, ...], str] = {}
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # of tests beside this one
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_every_command_is_one_of_the_house(page, line, monkeypatch, capsys):
     """The module is there and knows every flag before a --, which is for the algorithms."""
@@ -80,3 +82,21 @@ def test_every_command_is_one_of_the_house(page, line, monkeypatch, capsys):
         HELP[key] = capsys.readouterr().out
     for flag in (word for word in words if word.startswith("--")):
         assert re.search(rf"{re.escape(flag.split('=')[0])}\b", HELP[key]), f"{page}: {line}"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_every_figure_can_be_drawn_again_and_is_on_a_page():
+    drawn = {*figures.PICTURES, *figures.BY_HAND}
+    assert {path.name for path in figures.FIGURES.iterdir()} == drawn
+    pages = "".join(path.read_text() for path in PAGES)
+    assert {name for name in drawn if f"figures/{name}" not in pages} == set()
+
+
+@pytest.mark.parametrize("name", sorted(figures.PICTURES) if LONG else ["areas_InvertedPendulum-v5.png"])
+def test_figures_are_drawn(name, tmp_path, capsys):
+    assert figures.main([name, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / name).stat().st_size > 5_000
+    assert figures.main(["none.png", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: none.png: must be one of ")

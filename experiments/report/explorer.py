@@ -20,7 +20,7 @@ from pathlib import Path
 from experiments.algorithms import ROOT
 from experiments.report import claims, reading
 from experiments.report.claims import ENOUGH, FAILS, FEW, HOLDS, OPEN, curves_of, judge
-from experiments.report.pictures import COLOURS, FEWEST
+from experiments.report.pictures import BAND_SEEDS, COLOURS
 from experiments.report.reading import RESULTS, bounds, method_of, number
 from experiments.report.stats import contrast, mean_interval
 from experiments.report.summary import horizons, panels_of
@@ -82,7 +82,7 @@ def levels_of(task: str, column: str, curves: list) -> list[tuple[str, float]]:
 def summary(values: list[float]) -> dict:
     """Of one number per seed: the numbers, and from three on their mean with its 95 % interval."""
     found = {"values": shorts(values), "text": reading.spread(values)}
-    if len(values) >= FEWEST:
+    if len(values) >= BAND_SEEDS:
         mean, low, high = mean_interval(values)
         found |= {"mean": short(mean), "low": short(low), "high": short(high), "bounds": bounds(low, high)}
     return found
@@ -99,7 +99,7 @@ def measured(curves: list, equal: list, levels: list[tuple[str, float]]) -> dict
     found["runs"] = [shorts(curve.values["return_mean"]) for curve in curves]
     if any(len(curve.steps) > len(steps) for curve in curves):
         found["run_steps"] = [shorts(curve.steps) for curve in curves]
-    if len(curves) >= FEWEST:
+    if len(curves) >= BAND_SEEDS:
         values = [[c.values["return_mean"][c.steps == step][0] for c in curves] for step in steps]
         names = ("mean", "low", "high")
         found |= dict(zip(names, map(shorts, zip(*map(mean_interval, values), strict=True)), strict=True))
@@ -254,7 +254,8 @@ def explored(results: Path, claimed: Path | None) -> dict:
                 end = max(curve.steps[-1] for curves in equal.values() for curve in curves)
                 found = {name: horizon_study(areas) for name, areas in studies.items()}
                 tasks[task]["horizons"][suite] = {"end": short(end), "studies": found}
-    found = {"measures": MEASURES, "colours": COLOURS, "shown": FEWEST, "tasks": tasks, "methods": methods}
+    found = {"measures": MEASURES, "colours": COLOURS, "shown": BAND_SEEDS}
+    found |= {"tasks": tasks, "methods": methods}
     return found | (judged(results, claimed) if claimed else {"papers": {}, "claims": []})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()  # Okabe and Ito: safe for all eyes
-FEWEST = 3  # seeds from which a band says anything; below, every seed is a dot
+BAND_SEEDS = 3  # seeds from which a band says anything; below, every seed is a dot
 BESIDE = {"frameon": False, "fontsize": 7, "loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend
 
 
@@ -47,10 +47,10 @@ def extremes(values) -> tuple[float, float, float]:
 
 def draw(axes, steps, values, look: tuple[str, str], label: str, ends=extremes, **line) -> None:
     """The mean over seeds of values [steps][seeds], and how far they reach: a band by ends(values) -> mean,
-    low, high; of fewer than FEWEST seeds every one as a dot."""
+    low, high; of fewer than BAND_SEEDS seeds every one as a dot."""
     colour, dashes = look
     axes.plot(steps, [np.mean(v) for v in values], dashes, color=colour, label=label, **line)
-    if min(map(len, values)) >= FEWEST:
+    if min(map(len, values)) >= BAND_SEEDS:
         low, high = np.array([ends(v)[1:] for v in values]).T
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
     elif max(map(len, values)) > 1:

@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments.algorithms import load
 from experiments.report import reading
-from experiments.report.pictures import BESIDE, clean, draw, in_order, looks_of, pyplot, save
+from experiments.report.pictures import BAND_SEEDS, BESIDE, clean, draw, in_order, looks_of, pyplot, save
 from experiments.report.reading import Curve, at_common_steps, bounds, grouped, spread, steps_to
 
 
@@ -126,7 +126,9 @@ def plot_curves(task: str, methods: dict[str, list[Curve]], looks: dict, out: Pa
     seen = np.concatenate([c.values["return_mean"] for found in methods.values() for c in found])
     margin = 0.05 * (np.ptp(seen) or 1.0)
     grid[0, 0].set(ylim=(seen.min() - margin, seen.max() + margin))
-    figure.suptitle(f"{task}: mean and 95 % interval, below three seeds each seed", fontsize="medium")
+    few = min(len(found) for found in methods.values()) < BAND_SEEDS
+    dots = f", fewer than {BAND_SEEDS} seeds as dots" if few else ""
+    figure.suptitle(f"{task}: mean and 95 % interval{dots}", fontsize="medium")
     figure.supxlabel("environment steps", fontsize="medium")
     figure.supylabel("return", fontsize="medium")
     save(figure, out)

@@ -26,7 +26,7 @@ from torch import Tensor, optim
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
 from experiments.report.tables import make_folder, read_table, write_table
 
 SETTINGS = "transitions,updates,members,hidden,horizon".split(",")  # one table, one set of these
@@ -171,8 +171,7 @@ def plot(table: list[dict], paths: dict[str, Tensor], out: Path) -> None:
         for steps, colour in zip(losses, itertools.cycle(COLOURS), strict=False):
             lines = average(table, task, steps, "error")
             k = np.arange(1, lines.shape[1] + 1)
-            axes.plot(k, lines.mean(0), color=colour, label=f"L = {steps}")
-            axes.fill_between(k, lines.min(0), lines.max(0), color=colour, alpha=0.2, lw=0)
+            draw(axes, k, lines.T, (colour, "-"), f"L = {steps}")
             middle = average(table, task, steps, "median").mean(0)
             axes.plot(k, middle, "--", lw=1, color=colour, label=f"median, L = {steps}")
         axes.set(title=f"{task}, {len(lines)} seeds", xlabel="steps predicted", yscale="log")

@@ -11,7 +11,6 @@ ends where the table does. As n grows, Dyna is value iteration on what was seen.
 """
 
 import argparse
-import csv
 import os
 import sys
 from pathlib import Path
@@ -95,12 +94,7 @@ def main() -> int:
             print(f"error: --{name} {path}: must be a file in a folder that can be written", file=sys.stderr)
             return 2
     errors = {m: learn(m, args.steps, args.trials, args.every, args.seed) for m in METHODS}
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(toy.FIELDS)
-        for method, found in errors.items():
-            writer.writerows([method, trial + 1, k * args.every, round(float(x), 6)]
-                             for trial, row in enumerate(found) for k, x in enumerate(row))  # fmt: skip
+    toy.write(errors, args.every, args.csv)
     print(toy.report(errors, args.every))
     if args.figure:
         toy.plot(errors, args.every, args.figure)

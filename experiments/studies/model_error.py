@@ -28,7 +28,7 @@ from torch import Tensor, optim
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
 from experiments.report.tables import make_folder, read_table, write_table
 
 SETTINGS = "run,horizon,updates,recurrent_hidden,ensemble_hidden".split(",")  # one table, one set of these
@@ -222,8 +222,7 @@ def plot(table: list[dict], title: str, out: Path) -> None:
         for model, colour in zip(MODELS, COLOURS, strict=False):
             by_seed = [[row for row in table if int(row["seed"]) == seed] for seed in seeds]
             lines = np.array([[average(rows, model, n, part) for n in sizes] for rows in by_seed])
-            axes.plot(sizes, lines.mean(0), color=colour, marker="o", ms=3, label=model)
-            axes.fill_between(sizes, lines.min(0), lines.max(0), color=colour, alpha=0.2, lw=0)
+            draw(axes, sizes, lines.T, (colour, "-"), model, marker="o", ms=3)
         axes.set(title=part, xlabel="episodes", yscale="log", xscale="log")
         axes.set_xticks(sizes, [str(n) for n in sizes])
         axes.minorticks_off()

@@ -16,14 +16,14 @@ The error is the mean over s of (s − mean_l Q_l(s))². Half a minute. Extra `b
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.tables import write_table
 
 METHODS = ("q", "q-ensemble", "mve-exact", "steve-exact", "mve-noisy", "steve-noisy")
 FIELDS = ["method", "trial", "step", "error"]
@@ -104,6 +104,14 @@ def report(errors: dict[str, np.ndarray], every: int) -> str:
     return "\n".join(lines)
 
 
+def write(errors: dict[str, np.ndarray], every: int, out: Path) -> None:
+    """The table: a row for each method, trial and step."""
+    rows = [dict(zip(FIELDS, (method, trial + 1, k * every, round(float(x), 6)), strict=True))
+            for method, found in errors.items() for trial, row in enumerate(found)
+            for k, x in enumerate(row)]  # fmt: skip
+    write_table(out, FIELDS, rows)
+
+
 def plot(errors: dict[str, np.ndarray], every: int, out: Path) -> None:
     """Mean error over trials, band from the lowest to the highest."""
     plt = pyplot()
@@ -113,8 +121,7 @@ def plot(errors: dict[str, np.ndarray], every: int, out: Path) -> None:
         for method, colour in zip(chosen, COLOURS, strict=False):
             found = np.maximum(errors[method], 1e-3)
             steps = np.arange(found.shape[1]) * every
-            axes.plot(steps, found.mean(0), color=colour, label=method.removesuffix(f"-{model}"))
-            axes.fill_between(steps, found.min(0), found.max(0), color=colour, alpha=0.2, lw=0)
+            draw(axes, steps, found.T, (colour, "-"), method.removesuffix(f"-{model}"))
         axes.set(title=f"{model} model", xlabel="steps", yscale="log", ylim=(1e-2, 1e4))
         clean(axes)
     panels[0].set_ylabel(f"mean square error, {len(found)} trials")
@@ -150,12 +157,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     errors = {m: learn(m, args.steps, args.trials, args.horizon, args.every, args.seed) for m in METHODS}
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        for method, found in errors.items():
-            writer.writerows([method, trial + 1, k * args.every, round(float(x), 6)]
-                             for trial, row in enumerate(found) for k, x in enumerate(row))  # fmt: skip
+    write(errors, args.every, args.csv)
     print(report(errors, args.every))
     if args.figure:
         plot(errors, args.every, args.figure)

@@ -344,37 +344,43 @@ def show(table: list[dict]) -> str:
 
 
 def plot(table: list[dict], title: str, out: Path) -> None:
-    """The last checkpoint: bias and root mean square error of the targets, state error, gradients, over h."""
-    plt = pyplot()
+    """The last checkpoint: bias and root mean square error of the targets, norms of their gradients, and how
+    far a learned model's states and gradients are from the simulator's, over h. Tables made before gradients
+    by actions were measured have no panels for them."""
     last = max(row["step"] for row in table)
     kinds = list(dict.fromkeys(row["error_of"] for row in table))
-    rows = 2 if "model - simulator" in kinds else 1
-    figure, panels = plt.subplots(
-        rows, 3, figsize=(10, 0.3 + 2.7 * rows), layout="constrained", squeeze=False
-    )
-    panels = panels.ravel()
-    for kind, colour in zip(kinds, COLOURS, strict=False):
-        rows = [row for row in table if row["step"] == last and row["error_of"] == kind]
-        h, bias, se = (np.array([row[name] for row in rows]) for name in ("h", "bias", "bias_se"))
-        column = lambda name, rows=rows: [row.get(name, math.nan) for row in rows]
-        panels[0].plot(h, bias, color=colour, label=kind.replace("-", "−"))
-        panels[0].fill_between(h, bias - 1.96 * se, bias + 1.96 * se, color=colour, alpha=0.2, lw=0)
-        panels[1].plot(h, [math.sqrt(max(row["mse"], 0)) for row in rows], color=colour)
-        if kind != "model - returns":
-            panels[2].plot(h, column("action_norm"), color=colour)
-        if kind == "model - simulator":
-            panels[3].plot(h, column("state_error"), color=colour)
-            panels[4].plot(h, column("cosine"), color=colour)
-            panels[5].plot(h, column("action_cosine"), color=colour)
-    names = ["bias of the target", "r.m.s. error of the target", "norm of the action gradient"]
-    names += ["state error (deviations)", "cosine: critic's gradients", "cosine: action gradients"]
-    for axes, name in zip(panels, names, strict=False):
-        axes.set(xlabel="imagined steps h", title=name)
+    has = lambda name: any(math.isfinite(row.get(name, math.nan)) for row in table)
+    names = {"bias": "bias of the target", "mse": "r.m.s. error of the target"}
+    names |= {"action_norm": "norm of the action gradient", "state_error": "state error (deviations)"}
+    names |= {"cosine": "cosine: critic's gradients", "action_cosine": "cosine: action gradients"}
+    names = {name: text for name, text in names.items() if has(name)}
+    columns = 3 if "action_norm" in names else 2
+    shape = -(-len(names) // columns), columns
+    size = {"figsize": (3.3 * columns, 0.3 + 2.7 * shape[0]), "layout": "constrained", "squeeze": False}
+    figure, panels = pyplot().subplots(*shape, **size)
+    of_model = ("state_error", "cosine", "action_cosine")  # beside the simulator
+    for (name, text), axes in zip(names.items(), panels.flat, strict=True):
+        for kind, colour in zip(kinds, COLOURS, strict=False):
+            rows = [row for row in table if row["step"] == last and row["error_of"] == kind]
+            h, values = (np.array([row.get(column, math.nan) for row in rows]) for column in ("h", name))
+            if name == "mse":
+                values = np.sqrt(np.maximum(values, 0))
+            if (name in of_model and kind != "model - simulator") or (
+                name == "action_norm" and kind == "model - returns"
+            ):
+                continue
+            axes.plot(h, values, color=colour, label=kind.replace("-", "−"))
+            if name == "bias":
+                spread = 1.96 * np.array([row["bias_se"] for row in rows])
+                axes.fill_between(h, values - spread, values + spread, color=colour, alpha=0.2, lw=0)
+        axes.set(xlabel="imagined steps h", title=text)
         clean(axes)
-    panels[2].set_yscale("log")
-    for axes in panels[4:]:
-        axes.set_ylim(-1.05, 1.05)
-    panels[0].axhline(0, color="black", lw=0.8)
+        if name == "bias":
+            axes.axhline(0, color="black", lw=0.8)
+        elif name == "action_norm":
+            axes.set_yscale("log")
+        elif "cosine" in name:
+            axes.set_ylim(-1.05, 1.05)
     legend_below(figure, 3)
     figure.suptitle(f"{title}, checkpoint of step {last}", fontsize=11)
     save(figure, out)

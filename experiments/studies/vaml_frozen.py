@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
 from experiments.report.tables import make_folder, read_table, write_table
 
 SETTINGS = "env_id,every,steps,fit_steps,samples,hidden,learning_starts,batch_size".split(
@@ -176,8 +176,7 @@ def plot(table: list[dict], out: Path) -> None:
     for axes, (name, label) in zip(panels, names.items(), strict=True):
         for c, colour in zip(SHARES, COLOURS, strict=False):
             steps, values = series(table, c, name)
-            axes.plot(steps, values.mean(0), color=colour, marker="o", ms=3, label=LABELS[c])
-            axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+            draw(axes, steps, values.T, (colour, "-"), LABELS[c], marker="o", ms=3)
         axes.set(title=label, xlabel="steps of SAC", yscale="log")
         clean(axes)
     legend_below(figure, 3)

@@ -353,10 +353,10 @@ def test_the_pages_commands(finished, tmp_path):
     """Every way to watch that is documented, without pictures."""
     folder = finished("sac", tmp_path)
     texts = [text for path in (PAGE, ROOT / "README.md") for text in blocks(path, "bash")] + [watch.__doc__]
-    lines = [line for text in texts for line in text.splitlines() if "watch.py runs/<run>" in line]
+    lines = [line for text in texts for line in text.splitlines() if "agents.watch runs/<run>" in line]
     assert len(lines) >= 9
     for line in lines:
-        words = shlex.split(line.split("watch.py runs/<run>")[1], comments=True)
+        words = shlex.split(line.split("agents.watch runs/<run>")[1], comments=True)
         words = " ".join(words).replace("--video videos", "").replace("--no-render", "").split()
         words = [str(ROOT / "algos" / "sac.py") if w == "path/to/my_method.py" else w for w in words]
         assert watch.main([str(folder), "--no-render", *words]) == 0

@@ -55,7 +55,7 @@ LOOK_AHEAD = "explorer when_to_trust_your_model gradients_through_models iter_va
 NAVIGATION = {
     "How far to look ahead?": LOOK_AHEAD,
     "Make it yours": ["make_it_yours", "your_task", "use_your_agent", "contributing"],
-    "Reproduce": ["claims", "cluster", "gpu"],
+    "Reproduce": ["claims", "campaign", "cluster", "gpu"],
 }
 
 

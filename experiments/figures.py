@@ -1,7 +1,7 @@
 """Every figure of the pages, drawn again from the data in docs/results/.
 
     python -m experiments.figures                                # all of docs/figures/, a minute
-    python -m experiments.figures svg_cheetah.png steve_toy.png
+    python -m experiments.figures td3_HalfCheetah-v5.png steve_toy.png
 
 What is drawn from a run itself, and not from a table, is made where its page says: BY_HAND. Extra `bench`.
 """
@@ -71,7 +71,6 @@ CURVES = {  # picture: (title, folders of docs/results/)
     ),
     "poplin_CartPole": ("pets/CartPole-v0", "poplin/experiments.tasks-pets-CartPole-v0"),
     "svg_InvertedPendulum-v5": ("InvertedPendulum-v5", "svg-paths/InvertedPendulum-v5"),
-    "svg_cheetah": ("pets/Cheetah-v0", "svg/experiments.tasks-pets-Cheetah-v0"),
     "td3_HalfCheetah-v5": ("HalfCheetah-v5", "td3/HalfCheetah-v5"),
     "vaml_InvertedPendulum-v5": ("InvertedPendulum-v5", "vaml/InvertedPendulum-v5"),
     "vaml_Pusher-v5": ("Pusher-v5", "vaml/Pusher-v5"),

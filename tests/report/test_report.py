@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from experiments.bench import export, jobs
-from experiments.report import claims, pictures, reading, stats, summary
+from experiments.report import claims, pictures, reading, seeds, stats, summary
 from tests.conftest import ROOT, TINY, long, run, tool
 
 rng = np.random.default_rng(0)
@@ -453,3 +453,40 @@ def test_mistakes_in_claims(text, expected, tmp_path):
     )
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "claims.md").exists()
+
+
+# ---------------------------------------------------------------- how many seeds
+
+
+def test_seeds_that_a_case_needs(tmp_path):
+    """Two groups of deviation 1 and difference d: Welch's interval of n seeds each excludes zero when
+    d > t(2n − 2) √(2 / n), which is 1.46 at n = 5, 1.03 at 9, 0.85 at 12."""
+    assert seeds.at([(1.0, [1, 2, 3]), (-1.0, [0, 1, 2])], 5) == pytest.approx((-0.4585, 2.4585), abs=1e-4)
+    for name, shift in (("a", 0.0), ("near", 1.1), ("far", 5.0), ("close", 0.1)):
+        for seed, value in ((1, -1.0), (2, 0.0), (3, 1.0)):
+            exported(tmp_path, f"sac/{name}", seed, [value + shift] * 3)
+    case = lambda name: {"terms": [[1, f"suite/Hopper-v5/sac/{name}"], [-1, "suite/Hopper-v5/sac/a"]]}
+    assert [seeds.needed(tmp_path, case(name)) for name in ("near", "far", "close", "none")] == [
+        8,
+        5,
+        None,
+        5,
+    ]
+    share = {
+        "terms": case("far")["terms"][:1],
+        "share": 0.5,
+        "metric": "reaches",
+        "level": 0.0,
+        "before": 900,
+    }
+    assert seeds.needed(tmp_path, share) == 5  # all get there: 5 of 5 is above one half, [0.57, 1]
+    equal = case("far") | {"expect": "equal", "margin": 20.0}
+    assert seeds.needed(tmp_path, equal) == 5
+
+
+def test_the_open_claims_are_listed(capsys):
+    assert seeds.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 20 and not any(line.startswith("| R0 ") for line in lines)
+    assert any(line.startswith("| C4 | `ove-paper` |") and line.endswith("| 0 | 5? |") for line in lines)
+    assert seeds.main(["--claims", "none.toml"]) == 2

@@ -4,7 +4,7 @@
     python docs/arguments.py --write sac_mve   # put them into docs/sac_mve.md in the place of those it has
     python docs/arguments.py --write           # the same for every file
 
-tests/test_docs.py compares pages and files.
+tests/docs/test_docs.py compares pages and files.
 """
 
 import ast

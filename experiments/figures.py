@@ -26,7 +26,7 @@ from experiments.studies import (
     model_error,
     steve_toy,
     target_error,
-    vaml_artificial,  # fmt: skip
+    vaml_artificial,
     vaml_frozen,
 )
 
@@ -89,6 +89,7 @@ def rows_of(name: str) -> list[dict]:
 
 
 def value_of(text: str) -> float | int | str:
+    """A number where the text is one."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -98,6 +99,7 @@ def value_of(text: str) -> float | int | str:
 
 
 def draw_curves(name: str, out: Path) -> None:
+    """Curves of one or several folders."""
     title, folders = CURVES[name]
     curves.plot(curves.read([RESULTS / folder for folder in folders.split()]), title, out)
 
@@ -109,19 +111,21 @@ def draw_suite(suite: str, task: str, out: Path) -> None:
 
 
 def draw_suite_horizons(suite: str, task: str, out: Path) -> None:
+    """Area over H, as the report of a suite has it."""
     methods = grouped(read_all(None, RESULTS, [suite]))[suite, task]
     summary.plot_horizons(task, summary.horizons(methods), out)
 
 
 def draw_horizon_study(out: Path) -> None:
+    """Learning curves at every H, a panel for each way to look ahead."""
     found, _ = horizon_study.read_areas(RESULTS / "horizon" / "InvertedPendulum-v5")
     horizon_study.plot(found, "InvertedPendulum-v5", out)
 
 
 def draw_areas(out: Path) -> None:
-    suites, areas = ("horizon", "actor-oracle"), {}
-    for suite in suites:
-        areas |= horizon_study.read_areas(RESULTS / suite / "InvertedPendulum-v5")[1]
+    """Four ways to look ahead, side by side."""
+    folders = [RESULTS / suite / "InvertedPendulum-v5" for suite in ("horizon", "actor-oracle")]
+    _, areas = horizon_study.read_several(folders)
     horizon_study.plot_areas(areas, "InvertedPendulum-v5, 6 000 steps: how far to look ahead?", out)
 
 
@@ -144,11 +148,13 @@ def draw_errors(folder: str, task: str, out: Path) -> None:
 
 
 def draw_model_error(out: Path) -> None:
+    """Error of two models over the size of the replay."""
     rows = rows_of("model_error/HalfCheetah-v5.csv")
     model_error.plot(rows, f"HalfCheetah-v5: {rows[0]['horizon']}-step prediction", out)
 
 
 def draw_scalars(out: Path) -> None:
+    """What VAML's models were like while they learned."""
     rows = rows_of("vaml/online.csv")
     curves.plot_scalars(rows, [name for name in rows[0] if "/" in name], out)
 

@@ -116,6 +116,11 @@ def tool(name: str, *flags: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(words, **options)
 
 
+def needs(name: str):
+    """Skip a test where an extra is not installed."""
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
+
+
 def rows_of(path: Path) -> list[dict]:
     """The rows of a table."""
     with open(path, newline="") as file:

@@ -23,7 +23,7 @@ GRAPHS, ODD, HABITS, AFTER, PILCO, PETS, COSTS, METRPO, POPLIN = (
 DREAMER, PATHS, MAAC, MATH, RUNS, FAILURES, RESUME, FAMILY, BAD = (
     "dreamer svg_windows maac math runs failure_modes resume family bad_input".split()
 )
-ACTING = "acting".split()
+ACTING = "acting"
 SABOTAGES = [  # name, old text, new text, test modules
     ("sign of the entropy in the target", "next_q - alpha * next_log_prob", "next_q + alpha * next_log_prob", MATH),
     ("no entropy in the target", "next_q - alpha * next_log_prob", "next_q", MATH),

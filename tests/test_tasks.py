@@ -214,3 +214,10 @@ def test_oracle_serves_the_suites(name):
 def test_runs_by_id(tmp_path):
     folder = run("sac", tmp_path, "--env-id", "experiments.tasks:poplin/Hopper-v0", "--total-timesteps", 120)
     assert folder.name.startswith("experiments.tasks-poplin-Hopper-v0__sac__1__")
+
+
+def test_tasks_by_their_old_name():
+    """Runs that were begun as experiments.suites:.. make the same task."""
+    old, new = (gym.make(f"experiments.{name}:poplin/Hopper-v0") for name in ("suites", "tasks"))
+    a, b = (env.reset(seed=1)[0] for env in (old, new))
+    assert (a == b).all() and old.spec.entry_point is new.spec.entry_point

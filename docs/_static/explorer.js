@@ -1,4 +1,4 @@
-// The explorer's page: chooses and draws what docs/explorer.py computed (window.FARSIGHT). The address holds the
+// The explorer's page: chooses and draws what experiments/report/explorer.py computed (window.FARSIGHT). The address holds the
 // whole selection, #view=curves&task=..&methods=..: every change writes it, and the page is drawn from it alone.
 "use strict";
 (() => {

@@ -1,1 +1,1 @@
-"""A trained agent: watch it, keep it small."""
+"""A trained agent: watch it, film it, keep it small."""

@@ -1,4 +1,4 @@
-"""A moving picture of a trained agent, small enough for a page.
+"""A moving picture of a trained agent on a MuJoCo task, small enough for a page.
 
     python -m experiments.agents.clip agents/HalfCheetah-v5 docs/figures/cheetah.gif --camera track
 
@@ -20,12 +20,14 @@ import torch
 
 from experiments.agents.watch import load
 
-EVERY, COLOURS = 2, 64  # steps of a picture; colours of the file
+EVERY = 2  # steps of a picture
 
 
 def pictures(options: argparse.Namespace) -> tuple[list[np.ndarray], float]:
     """Pictures [height, width, 3] of the episode, seconds of each. Raises ValueError if there are none."""
     module, agent, args = load(options.run, None)
+    if hasattr(agent, "act_for"):
+        raise ValueError(f"{options.run}: must be of a task without goals")
     module.prepare(dataclasses.replace(args, device="cpu"))
     view = {"render_mode": "rgb_array", "width": options.width, "height": options.width * 9 // 16}
     view |= {"camera_name": options.camera} if options.camera else {}
@@ -51,7 +53,8 @@ def pictures(options: argparse.Namespace) -> tuple[list[np.ndarray], float]:
     except Exception as error:  # tasks and renderers fail in many ways
         raise ValueError(f"{args.env_id}: cannot be drawn: {error!r}") from None
     if len(found) < 2 or not isinstance(found[0], np.ndarray):
-        raise ValueError(f"--first {options.first}: must be two pictures before the end, step {step}")
+        end = f"the episode's end, step {step}"
+        raise ValueError(f"--first {options.first}: must leave two pictures before {end}")
     return found, seconds
 
 
@@ -73,8 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} {getattr(options, name)}: must be at least {low}")
         found, seconds = pictures(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        palette = {"palettesize": COLOURS, "subrectangles": True}
-        iio.imwrite(options.out, found, duration=round(1000 * seconds), loop=0, **palette)
+        iio.imwrite(options.out, found, duration=round(1000 * seconds), loop=0)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

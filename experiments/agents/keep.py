@@ -1,7 +1,7 @@
 """Keep a trained agent without its replay, optimisers and slow copies: small enough for a repository.
 
-    python -m experiments.agents.keep runs/<run> agents/HalfCheetah-v5        # final.pt, args.json, eval.csv
-    python -m experiments.agents.watch agents/HalfCheetah-v5                         # plays it like any run
+    python -m experiments.agents.keep runs/<run> agents/HalfCheetah-v5   # final.pt, args.json, eval.csv
+    python -m experiments.agents.watch agents/HalfCheetah-v5             # plays it like any run
 
 `load` of the file that made it reads such a folder, too; it cannot be resumed, since what it would go on from
 is left out. Of an unfinished run it is the agent of the last checkpoint. The folder must be new. Exit code 2

@@ -33,7 +33,8 @@ def connect(address: str) -> None:
     try:
         if port.isdecimal() and "/" not in host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
-        found = {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}}  # where the nodes have this package
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # where nodes have this package
+        found = {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **found)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         why = str(error).strip().splitlines()[0]

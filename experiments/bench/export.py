@@ -25,7 +25,7 @@ def of_suite(suite: str, runs: Path, results: Path) -> int:
     for job in suite_jobs(suite, str(runs), 1, [], fresh=True)[1]:
         wanted = {name: value for name, value in job.wanted.items() if name not in ANYWHERE}
         folder = find_run(runs, job.algo, wanted, any_version=True)
-        if folder is not None and (folder / "final.pt").exists():
+        if folder is not None:
             copy(folder, results / job.suite / place_of(job) / f"{job.wanted['seed']}.csv")
             count += 1
     return count
@@ -50,6 +50,7 @@ def of_all(runs: Path, target: Path) -> int:
 
 
 def copy(folder: Path, place: Path) -> None:
+    """A run's evaluations."""
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "eval.csv", place)
 
@@ -62,8 +63,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: docs/results)")
     args = parser.parse_args()
     try:
-        if not re.fullmatch(r"[\w.-]+", args.name):
-            raise ValueError(f"{args.name}: must be a name of letters, digits, . and -")
+        if not re.fullmatch(r"\w[\w.-]*", args.name):
+            raise ValueError(f"{args.name}: must be a name of letters, digits, _, . and -")
         if args.name in suite_names():
             count = of_suite(args.name, args.runs, args.results)
         else:
@@ -71,7 +72,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{count} runs exported to {args.results / args.name}")
+    print(f"{count} runs exported to {args.results}")
     return 0
 
 

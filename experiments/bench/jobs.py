@@ -42,6 +42,7 @@ class Job:
 
 
 def suite_names() -> list[str]:
+    """Of the files in bench/suites/."""
     return sorted(path.stem for path in SUITES.glob("*.toml"))
 
 
@@ -69,9 +70,8 @@ def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]
         for key in {*LISTS, *block} - {"flags"}:
             if not (isinstance(block.get(key), list) and block[key]):
                 kind = "" if key in LISTS else " of a flag's values"
-                raise ValueError(
-                    f"--suite {name}: {key}: must be a list{kind}, not empty, in a block of runs"
-                )
+                rule = f"must be a list{kind}, not empty, in a block of runs"
+                raise ValueError(f"--suite {name}: {key}: {rule}")
         if not isinstance(block.get("flags", ""), str):
             raise ValueError(f"--suite {name}: flags: must be a string, as on the command line")
     included = []
@@ -91,27 +91,29 @@ def swept(block: dict) -> list[dict]:
     plain, found = {name: block[name] for name in LISTS}, []
     for values in itertools.product(*(block[name] for name in names)):
         words = [block["flags"]] if block.get("flags") else []
-        for name, value in zip(names, values, strict=True):
-            flag = name.replace("_", "-")
-            words.append(
-                f"--{'' if value else 'no-'}{flag}"
-                if isinstance(value, bool)
-                else f"--{flag} {shlex.quote(str(value))}"
-            )
+        words += [written(name.replace("_", "-"), value) for name, value in zip(names, values, strict=True)]
         found.append(plain | {"flags": " ".join(words)})
     return found
+
+
+def written(flag: str, value: object) -> str:
+    """A flag with its value, as on the command line; true and false are --flag and --no-flag."""
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {shlex.quote(str(value))}"
 
 
 def suite_jobs(name: str, runs_dir: str, threads: int, extra: list[str], fresh: bool = False):
     """What the suite says of itself, and its jobs, seed by seed. Raises ValueError."""
     about, blocks = read_suite(name)
-    jobs: dict[str, Job] = {}
+    jobs: dict[tuple, Job] = {}
     for seed in dict.fromkeys(str(seed) for block in blocks for seed in block["seeds"]):
         for block in blocks:
             parts = (block["algos"], block["env_ids"], [seed] * (seed in map(str, block["seeds"])))
             flags = [*shlex.split(block.get("flags", "")), *extra]
             for job in plan(*parts, runs_dir, threads, flags, block["suite"], fresh or bool(extra)):
-                jobs.setdefault(f"{job.suite} {job.name}", job)  # a sweep repeats who lacks the flag
+                same = job.suite, job.algo, json.dumps(job.wanted, sort_keys=True)
+                jobs.setdefault(same, job)  # a sweep repeats who lacks the flag
     return about, list(jobs.values())
 
 
@@ -156,9 +158,10 @@ def plan(
                     args = dataclasses.replace(plain, seed=int(seed))
                 except ValueError as error:
                     raise ValueError(str(error).replace("--seed ", "--seeds ")) from None
-                settings = re.sub(r"[^\w.]+", "-", " ".join(own)).strip("-")
-                if len(settings) > 60:  # file names have their limits
-                    settings = f"{settings[:52]}-{zlib.crc32(settings.encode()):08x}"
+                words = " ".join(own)
+                settings = re.sub(r"[^\w.]+", "-", words).strip("-")
+                if len(settings) > 60 or any(re.match(r"-[\d.]", word) for word in own):  # a sign is lost
+                    settings = f"{settings[:52]}-{zlib.crc32(words.encode()):08x}"
                 name = "__".join([folder_of(env_id), algo, seed, *([settings] if settings else [])])
                 command = [sys.executable, str(folder / f"{algo}.py"), *flags]
                 wanted = dataclasses.asdict(args)
@@ -175,7 +178,7 @@ def find_run(runs_dir: Path, algo: str, wanted: dict, any_version: bool = False)
     """The newest run folder with exactly these arguments, complete or with a checkpoint to go on from.
 
     A run of a version of the file that had other arguments cannot be resumed: it is named once and left
-    alone, but with any_version, for those who only read it.
+    alone. With any_version, for those who only read it, it is the newest that is complete.
     """
     names = {field.name for field in dataclasses.fields(load(algo).Args)}
     wanted = {**wanted, "env_id": task_of(str(wanted.get("env_id")))}
@@ -193,7 +196,9 @@ def find_run(runs_dir: Path, algo: str, wanted: dict, any_version: bool = False)
         if record.get("algo") != algo or any(saved[name] != wanted[name] for name in common):
             continue
         if any_version and wanted.keys() <= saved.keys():
-            return folder
+            if (folder / "final.pt").exists():
+                return folder
+            continue
         if other := names ^ saved.keys():
             why = f"is of another version of {algo}.py, which differs in {', '.join(sorted(other))}"
             note(f"{folder} {why}: neither resumed nor counted")

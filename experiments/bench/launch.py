@@ -123,7 +123,7 @@ def main() -> int:
     began = time.monotonic()
     defaults = {"algos": ["sac", "sac_mve"], "env_ids": ["InvertedPendulum-v5"], "seeds": ["1", "2", "3"]}
     try:
-        args, extra = read_line(sys.argv[1:])
+        args, extra = read_line(sys.argv[1:], __doc__)
         block = {name: getattr(args, name) for name in defaults}
         if [] in block.values():
             raise ValueError("--algos, --env-ids, --seeds: must not be empty")

@@ -49,12 +49,12 @@ def at_least(low: int, read=whole):
     return number
 
 
-def command_line() -> Parser:
+def command_line(about: str | None = None) -> Parser:
     """The launcher's options, all that stands before the --."""
     parser = Parser(
         prog="benchmark.sh",
         usage="%(prog)s [options] [-- flags for the algorithms]",
-        description=__doc__,
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -81,14 +81,15 @@ def command_line() -> Parser:
 
 @functools.cache
 def own_options() -> set[str]:
+    """The launcher's, as they are spelt."""
     names = vars(command_line().parse_args([]))
     return {"--help", "--threads", *(f"--{name.replace('_', '-')}" for name in names)}
 
 
-def read_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def read_line(words: list[str], about: str | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's options and the algorithms' flags. Raises ValueError for what is on the wrong side."""
     dashes = words.index("--") if "--" in words else len(words)
-    args, unknown = command_line().parse_known_args(words[:dashes])
+    args, unknown = command_line(about).parse_known_args(words[:dashes])
     if unknown:
         other = "given after --, as all flags of the algorithms, or be one that --help lists"
         raise ValueError(f"{unknown[0]}: must be {SET_HERE.get(option_of(unknown[0]), other)}")

@@ -135,14 +135,8 @@ class Progress:
             done += step
             if job.name not in self.bars and sys.stderr.isatty():
                 free = min(set(range(1, 2 + len(self.bars))) - {-b.pos for b in self.bars.values()})
-                self.bars[job.name] = tqdm(
-                    total=job.steps,
-                    initial=step,
-                    desc=job.name[-40:],
-                    position=free,
-                    leave=False,
-                    unit="step",
-                )
+                look = {"desc": job.name[-40:], "position": free, "leave": False, "unit": "step"}
+                self.bars[job.name] = tqdm(total=job.steps, initial=step, **look)
             if bar := self.bars.get(job.name):
                 bar.n = step
                 bar.refresh()
@@ -163,7 +157,7 @@ def execute(jobs: list[Job], workers: int, until: float = math.inf) -> None:
 
     Raises TimeIsUp at `until` (of time.monotonic), when all have been stopped.
     """
-    left, running, stopping = collections.deque(jobs), set(), False
+    left, running, stopping = collections.deque(jobs), [], False
 
     def work() -> None:
         while not stopping:
@@ -172,13 +166,13 @@ def execute(jobs: list[Job], workers: int, until: float = math.inf) -> None:
             except IndexError:  # the rest is under way
                 return
             begun = time.monotonic()
-            running.add(job.name)
+            running.append(job.name)
             try:
                 code = run_alone(job, lambda: stopping, wait=False)
             except OSError as error:  # a full disk, say
                 tqdm.write(f"{job.name}: {error}")
                 code = -1
-            running.discard(job.name)
+            running.remove(job.name)
             if code is None:
                 left.append(job)
                 time.sleep(0.1)

@@ -5,11 +5,10 @@
 
 A claim has cases. A case compares means over seeds: Σ weight · mean, with the 95 % interval of Welch and
 Satterthwaite; or it asks for the share of seeds that reach a return before a step, or of a table's replicates
-that have a 1, with Wilson's interval.
-It holds if the interval lies on the claimed side (of zero, `than` or the share), does not hold if it lies on
-the other, and is undecided otherwise; a claim of no difference holds if the interval lies within the margin.
-Fewer than five seeds decide nothing. A claim holds if all its cases do, and does not if one does not.
-Extra `bench`.
+that have a 1, with Wilson's interval. It holds if the interval lies on the claimed side (of zero, `than` or
+the share), does not hold if it lies on the other, and is undecided otherwise; a claim of no difference holds
+if the interval lies within the margin. Fewer than five seeds decide nothing. A claim holds if all its cases
+do, and does not if one does not. Extra `bench`.
 """
 
 import argparse
@@ -97,12 +96,12 @@ def column_of(results: Path, term: list, value: str, replicate: str) -> list[flo
         return []
     found: dict[str, list[float]] = {}
     with open(path, newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
+        for line, row in enumerate(csv.DictReader(file), 2):
             try:
                 if all(row[name] == str(wanted) for name, wanted in where.items()):
                     found.setdefault(row[replicate], []).append(float(row[value]))
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: must have numbers in {value}: {error}") from None
+                raise ValueError(f"{path}, line {line}: must have numbers in {value}: {error}") from None
     return [sum(values) / len(values) for values in found.values()]
 
 
@@ -173,7 +172,7 @@ def overall(findings: list[Finding]) -> str:
 
 
 def wrote(finding: Finding) -> str:
-
+    """A case as the page says it."""
     if finding.verdict == NONE:
         return f"{finding.about}: {NONE}"
     ends = bounds(finding.low, finding.high) or "no interval"

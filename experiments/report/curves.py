@@ -16,8 +16,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save
-from experiments.report.reading import Curve, at_common_steps, parts_of, read_folder, settings_of
+from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save, seeds_of
+from experiments.report.reading import Curve, at_common_steps, in_order, parts_of, read_folder, settings_of
 from experiments.report.tables import make_folder, write_table
 
 Methods = dict[str, list[Curve]]
@@ -30,7 +30,8 @@ def read(folders: list[Path]) -> Methods:
         found = read_folder(folder)
         if not found:
             raise ValueError(f"{folder}: must hold <algorithm>/<settings>/<seed>.csv")
-        for method, curves in found.items():
+        for method in in_order(found):
+            curves = found[method]
             seeds = {curve.seed for curve in methods.get(method, [])}
             if twice := seeds & {curve.seed for curve in curves}:
                 raise ValueError(f"{folder}: {method}, seed {min(twice)}: must not be in two folders")
@@ -71,7 +72,7 @@ def plot(methods: Methods, title: str, out: Path) -> None:
     figure, axes = pyplot().subplots(figsize=(6.4, height), layout="constrained")
     looks = looks_of(methods)
     for method, curves in methods.items():
-        label = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+        label = f"{method} ({seeds_of([len(curves)])})"
         draw(axes, *at_common_steps(curves), looks[method], label)
     axes.set(title=title, xlabel="environment steps", ylabel="return (deterministic policy)")
     clean(axes)
@@ -122,7 +123,7 @@ def plot_scalars(rows: list[dict], tags: list[str], out: Path) -> None:
                     continue
                 steps = sorted(set.intersection(*map(set, runs.values())))
                 values = [[run[step] for run in runs.values()] for step in steps]
-                draw(axes, steps, values, looks[name], f"{name} ({len(runs)} seeds)")
+                draw(axes, steps, values, looks[name], f"{name} ({seeds_of([len(runs)])})")
             axes.set(title=f"{task}: {tag}", xlabel="environment steps")
             if min(row[tag] for row in mine) > 0:
                 axes.set_yscale("log")

@@ -21,7 +21,7 @@ from experiments.algorithms import ROOT
 from experiments.report import claims, reading
 from experiments.report.claims import ENOUGH, FAILS, FEW, HOLDS, OPEN, curves_of, judge
 from experiments.report.pictures import BAND_SEEDS, COLOURS
-from experiments.report.reading import RESULTS, bounds, method_of, number
+from experiments.report.reading import RESULTS, at_common_steps, bounds, method_of, number
 from experiments.report.stats import contrast, mean_interval
 from experiments.report.summary import horizons, panels_of
 
@@ -90,7 +90,7 @@ def summary(values: list[float]) -> dict:
 
 def measured(curves: list, equal: list, levels: list[tuple[str, float]]) -> dict:
     """What the page shows of a method: curves of the whole runs, numbers of those cut to equal steps."""
-    steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
+    steps, values = at_common_steps(curves)
     found = {
         "steps": shorts(steps),
         "seeds": [curve.seed for curve in curves],
@@ -100,7 +100,6 @@ def measured(curves: list, equal: list, levels: list[tuple[str, float]]) -> dict
     if any(len(curve.steps) > len(steps) for curve in curves):
         found["run_steps"] = [shorts(curve.steps) for curve in curves]
     if len(curves) >= BAND_SEEDS:
-        values = [[c.values["return_mean"][c.steps == step][0] for c in curves] for step in steps]
         names = ("mean", "low", "high")
         found |= dict(zip(names, map(shorts, zip(*map(mean_interval, values), strict=True)), strict=True))
     found["final"] = summary([curve.final() for curve in equal])

@@ -2,11 +2,12 @@
 
 import importlib.util
 import itertools
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from experiments.report.reading import in_order
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()  # Okabe and Ito: safe for all eyes
 BAND_SEEDS = 3  # seeds from which a band says anything; below, every seed is a dot
@@ -29,11 +30,6 @@ def needs_matplotlib(out: Path | None) -> None:
         raise ValueError(f"--figure {out}: must be left out without matplotlib (extra bench)")
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sorted, numbers in names by their size: horizon 3 before horizon 10."""
-    return sorted(names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
-
-
 def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """(colour, line) of each name: solid lines in all colours, then dashed, dotted, and again."""
     looks = itertools.cycle((colour, line) for line in ("-", "--", ":") for colour in COLOURS)
@@ -43,6 +39,12 @@ def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def extremes(values) -> tuple[float, float, float]:
     """Mean, lowest and highest."""
     return float(np.mean(values)), min(values), max(values)
+
+
+def seeds_of(counts: Iterable[int]) -> str:
+    """How many, in words: 5 seeds, 3–5 seeds."""
+    few, many = min(counts := list(counts)), max(counts)
+    return f"{few}{f'–{many}' * (many > few)} seed{'s' * (many > 1)}"
 
 
 def draw(axes, steps, values, look: tuple[str, str], label: str, ends=extremes, **line) -> None:
@@ -59,14 +61,20 @@ def draw(axes, steps, values, look: tuple[str, str], label: str, ends=extremes, 
 
 
 def clean(axes) -> None:
+    """A grid, and no lines above and on the right."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def entries_of(figure) -> dict[str, object]:
+    """{label: line} of all panels, for one legend."""
+    return {label: line for axes in figure.axes
+            for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+
+
 def legend_below(figure, columns: int) -> None:
     """One legend for all panels, under them."""
-    shown = {label: line for axes in figure.axes
-             for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    shown = entries_of(figure)
     place = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     figure.legend(shown.values(), shown, ncols=columns, **place)
 

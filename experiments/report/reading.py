@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 try:
@@ -131,6 +132,11 @@ def method_of(algo: str, settings: str) -> str:
     return algo if settings == "default" else f"{algo}, {settings.replace('__', ', ').replace('-', ' ')}"
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted, numbers in names by their size: horizon 3 before horizon 10."""
+    return sorted(names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
+
+
 def read_all(runs: Path | None, results: Path | None, suites: list[str] | None = None) -> list[Curve]:
     """All curves, of the given suites only if any are given. Raises ValueError for a damaged file."""
     found = []
@@ -158,7 +164,7 @@ def grouped(curves: list[Curve]) -> dict[tuple[str, str], dict[str, list[Curve]]
     equal = {}
     for key, methods in groups.items():
         end = min(curve.steps[-1] for seeds in methods.values() for curve in seeds.values())
-        equal[key] = {m: [c.upto(end) for _, c in sorted(s.items())] for m, s in sorted(methods.items())}
+        equal[key] = {m: [c.upto(end) for _, c in sorted(methods[m].items())] for m in in_order(methods)}
     return equal
 
 
@@ -202,6 +208,7 @@ def spread(values: list[float]) -> str:
 
 
 def bounds(low: float, high: float) -> str:
+    """[low, high]; nothing where there is no interval."""
     return "" if math.isnan(low) else f"[{number(low)}, {number(high)}]"
 
 

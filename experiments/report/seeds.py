@@ -8,7 +8,6 @@ their number is fixed beforehand and does not depend on what they say. Extra `be
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -23,17 +22,9 @@ FEWEST, MOST = claims.ENOUGH, 12
 
 def at(groups: list[tuple[float, list[float]]], count: int) -> tuple[float, float]:
     """The interval of Σ w mean(x) if each group had `count` values of its mean and deviation."""
-    from scipy import stats
+    from experiments.report.stats import welch
 
-    from experiments.report.stats import LEVEL
-
-    parts = [weight**2 * np.var(values, ddof=1) / count for weight, values in groups]
-    middle = sum(weight * np.mean(values) for weight, values in groups)
-    if (total := sum(parts)) == 0:
-        return middle, middle
-    freedom = total**2 / sum(part**2 / (count - 1) for part in parts)
-    half = math.sqrt(total) * stats.t.ppf(0.5 + LEVEL / 2, freedom)
-    return middle - half, middle + half
+    return welch([(weight, np.mean(x), np.var(x, ddof=1), count) for weight, x in groups])[1:]
 
 
 def needed(results: Path, case: dict) -> int | None:

@@ -22,14 +22,19 @@ def contrast(terms) -> tuple[float, float, float]:
     """Σ w mean(x) over terms (w, x [n]) with its 95 % interval: Welch's, with Satterthwaite's degrees of
     freedom, so that groups may differ in size and spread. NaN ends where a group has one value."""
     groups = [(weight, np.asarray(values, float)) for weight, values in terms]
-    estimate = float(sum(weight * values.mean() for weight, values in groups))
     if min(len(values) for _, values in groups) < 2:
-        return estimate, math.nan, math.nan
-    parts = [weight**2 * values.var(ddof=1) / len(values) for weight, values in groups]
-    total = sum(parts)
+        return float(sum(weight * values.mean() for weight, values in groups)), math.nan, math.nan
+    return welch([(weight, values.mean(), values.var(ddof=1), len(values)) for weight, values in groups])
+
+
+def welch(groups) -> tuple[float, float, float]:
+    """The same of groups (w, mean, variance, n)."""
+    estimate = float(sum(weight * mean for weight, mean, _, _ in groups))
+    parts = [(weight**2 * variance / count, count - 1) for weight, _, variance, count in groups]
+    total = sum(part for part, _ in parts)
     if total == 0:
         return estimate, estimate, estimate
-    freedom = total**2 / sum(p**2 / (len(v) - 1) for p, (_, v) in zip(parts, groups, strict=True))
+    freedom = total**2 / sum(part**2 / free for part, free in parts)
     half = math.sqrt(total) * stats.t.ppf(0.5 + LEVEL / 2, freedom)
     return estimate, float(estimate - half), float(estimate + half)
 

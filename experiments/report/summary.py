@@ -10,8 +10,7 @@ its final return, the mean of its last ten evaluations (of the last half of them
 twenty); the area under its curve, the mean over the steps; the steps to a normalised score of 0.5 and 0.9.
 Intervals of means are Student's t. Across tasks: interquartile mean, probability of improvement on sac (or
 the first method) and performance profile of normalised final returns, intervals by the stratified bootstrap;
-tasks without a line in normalisers.toml are left out. Writes report.md and pictures. Extra
-`bench`.
+tasks without a line in normalisers.toml are left out. Writes report.md and pictures. Extra `bench`.
 """
 
 import argparse
@@ -25,8 +24,8 @@ import numpy as np
 
 from experiments.algorithms import load
 from experiments.report import reading
-from experiments.report.pictures import BAND_SEEDS, BESIDE, clean, draw, in_order, looks_of, pyplot, save
-from experiments.report.reading import Curve, at_common_steps, bounds, grouped, spread, steps_to
+from experiments.report.pictures import BAND_SEEDS, BESIDE, clean, draw, looks_of, pyplot, save, seeds_of
+from experiments.report.reading import Curve, at_common_steps, bounds, grouped, in_order, spread, steps_to
 
 
 def task_table(task: str, methods: dict[str, list[Curve]]) -> str:
@@ -116,7 +115,7 @@ def plot_curves(task: str, methods: dict[str, list[Curve]], looks: dict, out: Pa
         axes.remove()
     for axes, shown in zip(grid.flat, panels, strict=False):
         for method, curves in shown.items():
-            label = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+            label = f"{method} ({seeds_of([len(curves)])})"
             draw(axes, *at_common_steps(curves), looks[method], label, mean_interval)
         clean(axes)
         if small:
@@ -152,8 +151,7 @@ def plot_horizons(task: str, found: dict[str, dict[int, list[float]]], out: Path
     looks = looks_of(found)
     for name, areas in found.items():
         steps = sorted(areas)
-        seeds = sorted({len(areas[h]) for h in steps})
-        label = f"{name} ({'–'.join(str(n) for n in {seeds[0], seeds[-1]})} seeds)"
+        label = f"{name} ({seeds_of(len(areas[h]) for h in steps)})"
         draw(axes, steps, [areas[h] for h in steps], looks[name], label, mean_interval, marker="o", ms=4)
     title = f"{task}: mean and 95 % interval"
     axes.set(title=title, xlabel="horizon H", ylabel="area under the curve")

@@ -339,8 +339,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    algos = ALGOS
-    parser.add_argument("--algo", nargs="+", default=["sac"], choices=["all", *algos], metavar="FILE",
+    parser.add_argument("--algo", nargs="+", default=["sac"], choices=["all", *ALGOS], metavar="FILE",
                         help="files of algos/ to measure, or all (default: sac)")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: cpu)")
     parser.add_argument("--env-id", help="(default: HalfCheetah-v5; on a GPU the file's of ROWS)")
@@ -383,7 +382,7 @@ def main() -> int:
             if not torch.cuda.is_available():
                 raise ValueError("--device cuda: must be cpu here: torch finds no CUDA device")
         chosen = (
-            [name for name in algos if name in ROWS] if "all" in args.algo else list(dict.fromkeys(args.algo))
+            [name for name in ALGOS if name in ROWS] if "all" in args.algo else list(dict.fromkeys(args.algo))
         )
         if args.extra and not any(own_flags(algo, args.extra) for algo in chosen):
             raise ValueError(f"{args.extra[0]}: must be a flag of at least one of {', '.join(chosen)}")

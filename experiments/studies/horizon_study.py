@@ -2,8 +2,8 @@
 simulator, and along recorded steps, over horizons; and the actor's own objective through the true simulator.
 
     python -m experiments.studies.horizon_study run --env-id InvertedPendulum-v5 -- --total-timesteps 6000
-    python -m experiments.bench.export horizon
-    python -m experiments.studies.horizon_study plot docs/results/horizon/InvertedPendulum-v5 --out study.png
+    python -m experiments.bench.export mine --results results
+    python -m experiments.studies.horizon_study plot results/mine/InvertedPendulum-v5 --out study.png
 
 `run` starts whatever is not finished yet and resumes what was cut off (as benchmark.sh does); flags after --
 go to every file. H = 0 is sac.py for all of them and runs once per seed. `plot` prints the area under each
@@ -23,7 +23,16 @@ import numpy as np
 from experiments.algorithms import has_flag, load, split_flags
 from experiments.bench.jobs import plan
 from experiments.bench.launch import carry_out
-from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save
+from experiments.report.pictures import (
+    clean,
+    draw,
+    entries_of,
+    legend_below,
+    looks_of,
+    pyplot,
+    save,
+    seeds_of,
+)
 from experiments.report.reading import at_common_steps, read_folder
 
 METHODS = {
@@ -86,6 +95,17 @@ def read_areas(folder: Path, settings: str = "") -> tuple[dict, dict]:
         raise ValueError(f"{folder}: every run must have an evaluation after step 0")
     area = lambda c: float(c.values["return_mean"][(c.steps > 0) & (c.steps <= end)].mean())
     return curves, {key: {seed: area(c) for seed, c in runs.items()} for key, runs in curves.items()}
+
+
+def read_several(folders: list[Path], settings: str = "") -> tuple[dict, dict]:
+    """Those of several folders, each method beside its own folder's H = 0. ValueError for doubles."""
+    curves, areas = {}, {}
+    for folder in folders:
+        found = read_areas(folder, settings)
+        if twice := sorted({method for method, _ in curves} & {method for method, _ in found[0]}):
+            raise ValueError(f"{folder}: must have other methods than the folders before: {twice[0]}")
+        curves, areas = curves | found[0], areas | found[1]
+    return curves, areas
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -167,7 +187,7 @@ def plot(curves: dict, title: str, out: Path) -> None:
     colours = dict(zip(horizons, plt.get_cmap("viridis")(shades), strict=True))
     size = {"figsize": (6.4, 2.6 * len(methods)), "layout": "constrained", "squeeze": False}
     figure, panels = plt.subplots(len(methods), 1, sharex=True, sharey=True, **size)
-    deviation = lambda found: tuple(np.mean(found) + side * np.std(found) for side in (0, -1, 1))
+    deviation = lambda found: tuple(np.mean(found) + side * np.std(found, ddof=1) for side in (0, -1, 1))
     for method, axes in zip(methods, panels[:, 0], strict=True):
         for horizon in horizons:
             if runs := curves.get((method, horizon)):
@@ -176,12 +196,9 @@ def plot(curves: dict, title: str, out: Path) -> None:
         axes.set(title=METHODS[method], ylabel="return")
         clean(axes)
     panels[-1, 0].set(xlabel="environment steps")
-    seeds = sorted({len(runs) for runs in curves.values()})
-    count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-    figure.suptitle(f"{title}, mean and standard deviation over {count} seeds", fontsize=11)
-    lines = {label: line for axes in panels[:, 0]
-             for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    shown = [f"H = {horizon}" for horizon in horizons]
+    seeds = seeds_of(len(runs) for runs in curves.values())
+    figure.suptitle(f"{title}, mean and standard deviation over {seeds}", fontsize=11)
+    lines, shown = entries_of(figure), [f"H = {horizon}" for horizon in horizons]
     figure.legend([lines[label] for label in shown], shown, loc="outside right center", frameon=False)
     save(figure, out)
 
@@ -196,17 +213,9 @@ def plot_areas(areas: dict, title: str, out: Path) -> None:
     looks, at = looks_of(METHODS), {h: k for k, h in enumerate(sorted({h for _, h in areas}))}
     for method in methods:
         horizons = [h for h in at if (method, h) in areas]
-        values = [list(areas[method, h].values()) for h in horizons]
-        places, count = [at[h] for h in horizons], len(values[-1])
-        draw(
-            axes,
-            places,
-            values,
-            looks[method],
-            f"{METHODS[method]} ({count} seeds)",
-            mean_interval,
-            marker="o",
-        )
+        values, places = [list(areas[method, h].values()) for h in horizons], [at[h] for h in horizons]
+        label = f"{METHODS[method]} ({seeds_of(map(len, values))})"
+        draw(axes, places, values, looks[method], label, mean_interval, marker="o")
     axes.set_xticks(list(at.values()), list(map(str, at)))
     seen = [area for seeds in areas.values() for area in seeds.values()]
     axes.set(title=title, xlabel="horizon H", ylabel="mean return while learning")
@@ -242,12 +251,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.command == "plot":
-            curves, areas = {}, {}
-            for folder in args.folders:  # each method beside the H = 0 of its own folder
-                found = read_areas(folder, args.settings)
-                if twice := sorted({method for method, _ in curves} & {method for method, _ in found[0]}):
-                    raise ValueError(f"{folder}: must have other methods than the folders before: {twice[0]}")
-                curves, areas = curves | found[0], areas | found[1]
+            curves, areas = read_several(args.folders, args.settings)
         else:
             if unknown := set(args.methods) - set(METHODS):
                 raise ValueError(f"--methods {unknown.pop()}: must be of {', '.join(METHODS)}")
@@ -260,16 +264,17 @@ def main() -> int:
                 raise ValueError(f"--workers {args.workers}: must be at least 1")
             runs_dir, horizons = str(Path(args.runs_dir).resolve()), [int(h) for h in args.horizons]
             jobs = jobs_of(args.methods, horizons, args.env_id, args.seeds, runs_dir, args.extra)
-    except ValueError as error:
+        if args.command == "run":
+            return carry_out(jobs, runs_dir, args.workers, args.dry_run)
+        print(report(areas))
+        title = args.title or args.folders[0].name
+        if args.out:
+            plot(curves, title, args.out)
+        if args.areas:
+            plot_areas(areas, title, args.areas)
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.command == "run":
-        return carry_out(jobs, runs_dir, args.workers, args.dry_run)
-    print(report(areas))
-    if args.out:
-        plot(curves, args.title or args.folders[0].name, args.out)
-    if args.areas:
-        plot_areas(areas, args.title or args.folders[0].name, args.areas)
     return 0
 
 

@@ -345,8 +345,8 @@ def show(table: list[dict]) -> str:
 
 def plot(table: list[dict], title: str, out: Path) -> None:
     """The last checkpoint: bias and root mean square error of the targets, norms of their gradients, and how
-    far a learned model's states and gradients are from the simulator's, over h. Tables made before gradients
-    by actions were measured have no panels for them."""
+    far a learned model's states and gradients are from the simulator's, over h. A column without numbers has
+    no panel."""
     last = max(row["step"] for row in table)
     kinds = list(dict.fromkeys(row["error_of"] for row in table))
     has = lambda name: any(math.isfinite(row.get(name, math.nan)) for row in table)

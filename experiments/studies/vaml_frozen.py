@@ -219,7 +219,10 @@ def main() -> int:
         needs_matplotlib(args.figure)
         done = read_table(args.csv, FIELDS)
         make_folder(args.csv)
-        make_folder(args.runs_dir / "snapshots", "--runs-dir")
+        try:
+            args.runs_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--runs-dir {args.runs_dir}: must be writable: {error}") from error
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
         table = measure(args, done, write)

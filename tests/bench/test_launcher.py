@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from experiments.bench import export, jobs, launch, options, work
+from experiments.report.reading import read_all
 from tests.conftest import ROOT, TINY, differing, long, run, sizes
 
 
@@ -276,7 +278,12 @@ def test_options_are_spelt_as_in_the_files(launcher):
             ("3", "3"),
         ]
     code, out, _ = launcher("--help")
-    assert code == 0 and "--num-threads" in out and "--threads" not in out.replace("--num-threads", "")
+    assert (
+        code == 0
+        and "--suite svg-table-2 --dry-run" in out
+        and "--num-threads" in out
+        and "--threads" not in out.replace("--num-threads", "")
+    )
 
 
 SUITES = sorted(path.stem for path in (ROOT / "experiments" / "bench" / "suites").glob("*.toml"))
@@ -367,6 +374,68 @@ def test_what_cannot_be_resumed_is_not_resumed(finished, tmp_path):
     code, out, error = benchmark(*flags, "--", *EXTRA)
     assert code == 0 and out.startswith("new ") and not error
     assert (folder / "eval.csv").exists() and export.of_all(runs, tmp_path / "exported") == 0
+
+
+def test_runs_of_a_task_by_its_old_name(tmp_path):
+    """Found, resumed and exported as the task is called now."""
+    old, new = (f"experiments.{name}:poplin/Hopper-v0" for name in ("suites", "tasks"))
+    for env_id in (old, new):
+        (job,) = jobs.plan(["sac"], [env_id], ["1"], str(tmp_path / "runs"), 1, [])
+        assert job.name.startswith("experiments.tasks-poplin-Hopper-v0__sac__1") and job.state == "new"
+    folder = tmp_path / "runs" / "experiments.suites-poplin-Hopper-v0__sac__1__20260101-000000-000000"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"algo": "sac", "args": job.wanted | {"env_id": old}}))
+    (folder / "eval.csv").write_text("step,return_mean\n0,1\n9,2\n")
+    (folder / "checkpoint.pt").write_bytes(b"")
+    for env_id in (old, new):
+        (job,) = jobs.plan(["sac"], [env_id], ["1"], str(tmp_path / "runs"), 1, [])
+        assert job.state == "resumed" and job.command[-1] == str(folder)
+    (folder / "final.pt").write_bytes(b"")
+    assert export.of_all(tmp_path / "runs", tmp_path / "mine") == 1
+    assert (tmp_path / "mine" / "experiments.tasks-poplin-Hopper-v0" / "sac" / "default" / "1.csv").exists()
+    (curve,) = read_all(tmp_path / "runs", None)
+    assert curve.task == "experiments.tasks-poplin-Hopper-v0"
+
+
+def test_an_unfinished_run_hides_no_finished_one(tmp_path):
+    """Of the same arguments on another number of threads, which matters to no result."""
+    (job,) = jobs.plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path), 1, [])
+    for day, threads, names in (("01", 1, ("final.pt",)), ("02", 2, ())):
+        folder = tmp_path / f"Pendulum-v1__sac__1__202601{day}-000000-000000"
+        folder.mkdir()
+        record = {"algo": "sac", "args": job.wanted | {"num_threads": threads}}
+        (folder / "args.json").write_text(json.dumps(record))
+        for name in names:
+            (folder / name).write_bytes(b"")
+    wanted = {name: value for name, value in job.wanted.items() if name not in export.ANYWHERE}
+    assert "__20260101-" in jobs.find_run(tmp_path, "sac", wanted, any_version=True).name
+
+
+def test_a_run_held_elsewhere_is_passed_over(tmp_path, monkeypatch):
+    """One worker, two runs, the first of them held by another launcher: the second is done meanwhile."""
+    (tmp_path / "logs").mkdir()
+    planned = jobs.plan(["sac"], ["Pendulum-v1"], ["1", "2"], str(tmp_path), 1, [])
+    done = []
+    for job in planned:
+        job.command = [sys.executable, "-c", "pass"]
+    monkeypatch.setattr(work, "settle", lambda job, code, seconds: done.append((job.name, code)))
+    lock = work.take_lock(planned[0].log.with_suffix(".lock"))
+    thread = threading.Thread(target=work.execute, args=(planned, 1))
+    thread.start()
+    for _ in range(300):
+        if done:
+            break
+        time.sleep(0.1)
+    assert done == [(planned[1].name, 0)] and thread.is_alive()
+    lock.close()
+    thread.join(30)
+    assert done == [(job.name, 0) for job in reversed(planned)] and not thread.is_alive()
+
+
+def test_signs_do_not_share_a_log(tmp_path):
+    flags = (["--target-entropy", value] for value in ("1", "-1"))
+    names = [jobs.plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path), 1, words)[0].name for words in flags]
+    assert len(set(names)) == 2
 
 
 def test_several_runs_on_a_gpu_without_mps_get_a_hint(tmp_path, monkeypatch, capsys):

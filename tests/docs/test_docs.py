@@ -13,7 +13,7 @@ from docs.arguments import arguments
 from tests.conftest import ALGOS, PARENTS, ROOT, learner, load, run, scalars, tool
 from tests.conftest import sizes as tiny_sizes
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -82,6 +82,7 @@ def test_every_sabotage_has_something_to_break():
     texts = [path.read_text() for path in PATHS]
     gone = [name for name, old, *_ in SABOTAGES if not any(old in text for text in texts)]
     assert SABOTAGES and gone == []
+    assert all(len([*(ROOT / "tests").glob(f"*/test_{tests}.py")]) == 1 for *_, tests in SABOTAGES)
 
 
 def test_shared_arguments_agree():

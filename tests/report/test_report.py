@@ -288,7 +288,10 @@ def test_other_mistakes_are_one_line(tmp_path):
         done = tool("report.summary", "--runs", tmp_path / "no", "--results", tmp_path / "no", *flags)
         assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1
     done = tool("bench.export", "../x", "--runs", tmp_path / "no")
-    assert (done.returncode, done.stderr) == (2, "error: ../x: must be a name of letters, digits, . and -\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: ../x: must be a name of letters, digits, _, . and -\n",
+    )
 
 
 def test_random_returns_are_what_git_has():

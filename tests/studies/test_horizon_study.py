@@ -1,17 +1,11 @@
 """horizon_study.py: areas, paired differences, intervals and verdicts by hand; runs that it plans."""
 
-import importlib.util
 import json
 
 import pytest
 
 from experiments.studies import horizon_study as study
-from tests.conftest import long, tool
-
-
-def needs(name: str):
-    """Skip a test where an extra is not installed."""
-    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
+from tests.conftest import long, needs, tool
 
 
 def write_runs(folder, values: dict) -> None:

@@ -15,11 +15,6 @@ from tests.tasks import RHO, A, B, Q
 mve, ove = load("sac_mve"), load("sac_ove")
 
 
-def needs(name: str):
-    """Skip a test where an extra is not installed."""
-    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
-
-
 class LinearAgent:
     """Policy a = −K s (in the task's units, with noise of deviation `std`), exact critics plus a bias."""
 

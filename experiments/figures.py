@@ -74,6 +74,7 @@ CURVES = {  # picture: (title, folders of docs/results/)
     "td3_HalfCheetah-v5": ("HalfCheetah-v5", "td3/HalfCheetah-v5"),
     "vaml_InvertedPendulum-v5": ("InvertedPendulum-v5", "vaml/InvertedPendulum-v5"),
     "vaml_Pusher-v5": ("Pusher-v5", "vaml/Pusher-v5"),
+    "vaml_samples": ("InvertedPendulum-v5", "vaml-samples/InvertedPendulum-v5"),
 }
 
 

@@ -33,14 +33,18 @@ def connect(address: str) -> None:
     try:
         if port.isdecimal() and "/" not in host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # where nodes have this package
-        found = {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **found)
+        job = ray.job_config.JobConfig(code_search_path=[str(ROOT)])  # where all nodes have this package
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", job_config=job)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         why = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--ray {address}: must be auto or the address of a running cluster: {why}"
         ) from None
+
+
+def task(job: Job) -> int:
+    """What a node does: one job; the run ends with the worker that began it."""
+    return run_alone(job, **{"preexec_fn": end_with_parent} if sys.platform == "linux" else {})
 
 
 def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = math.inf) -> None:
@@ -50,9 +54,6 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = ma
     TimeIsUp at `until` (of time.monotonic).
     """
     import ray
-
-    def task(job: Job) -> int:
-        return run_alone(job, **{"preexec_fn": end_with_parent} if sys.platform == "linux" else {})
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     amounts = {"CPU": needs["num_cpus"], "memory": needs["memory"], "GPU": needs["num_gpus"]}

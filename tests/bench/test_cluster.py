@@ -34,18 +34,8 @@ def cluster(monkeypatch):
 
 def start(cluster, runs_dir, seeds: str, *flags: object, extra=(), cwd="/") -> subprocess.Popen:
     command = [ROOT / "benchmark.sh", "--ray", cluster.address, "--memory", 0.1, "--runs-dir", runs_dir]
-    command += [
-        "--algos",
-        "sac",
-        "--env-ids",
-        "tests.tasks:Cliff-v0",
-        "--seeds",
-        seeds,
-        *flags,
-        "--",
-        *FLAGS,
-        *extra[1:],
-    ]
+    command += ["--algos", "sac", "--env-ids", "tests.tasks:Cliff-v0", "--seeds", seeds, *flags]
+    command += ["--", *FLAGS, *extra[1:]]
     environment = {**os.environ, "PYTHON": sys.executable}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, command)), env=environment, cwd=cwd, **pipes)

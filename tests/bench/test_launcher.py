@@ -426,9 +426,10 @@ def test_a_run_held_elsewhere_is_passed_over(tmp_path, monkeypatch):
         if done:
             break
         time.sleep(0.1)
-    assert done == [(planned[1].name, 0)] and thread.is_alive()
-    lock.close()
+    meanwhile, waits = list(done), thread.is_alive()
+    lock.close()  # before anything can fail: who waits for it must end
     thread.join(30)
+    assert meanwhile == [(planned[1].name, 0)] and waits
     assert done == [(job.name, 0) for job in reversed(planned)] and not thread.is_alive()
 
 

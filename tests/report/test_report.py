@@ -465,23 +465,14 @@ def test_seeds_that_a_case_needs(tmp_path):
     """Two groups of deviation 1 and difference d: Welch's interval of n seeds each excludes zero when
     d > t(2n − 2) √(2 / n), which is 1.46 at n = 5, 1.03 at 9, 0.85 at 12."""
     assert seeds.at([(1.0, [1, 2, 3]), (-1.0, [0, 1, 2])], 5) == pytest.approx((-0.4585, 2.4585), abs=1e-4)
-    for name, shift in (("a", 0.0), ("near", 1.1), ("far", 5.0), ("close", 0.1)):
+    for name, shift in (("a", 0.0), ("near", 1.1), ("far", 5.0), ("twelve", 0.86), ("close", 0.1)):
         for seed, value in ((1, -1.0), (2, 0.0), (3, 1.0)):
             exported(tmp_path, f"sac/{name}", seed, [value + shift] * 3)
     case = lambda name: {"terms": [[1, f"suite/Hopper-v5/sac/{name}"], [-1, "suite/Hopper-v5/sac/a"]]}
-    assert [seeds.needed(tmp_path, case(name)) for name in ("near", "far", "close", "none")] == [
-        8,
-        5,
-        None,
-        5,
-    ]
-    share = {
-        "terms": case("far")["terms"][:1],
-        "share": 0.5,
-        "metric": "reaches",
-        "level": 0.0,
-        "before": 900,
-    }
+    found = [seeds.needed(tmp_path, case(name)) for name in ("near", "far", "twelve", "close", "none")]
+    assert found == [8, 5, 12, None, 5]
+    share = {"terms": case("far")["terms"][:1], "share": 0.5, "metric": "reaches"}
+    share |= {"level": 0.0, "before": 900}
     assert seeds.needed(tmp_path, share) == 5  # all get there: 5 of 5 is above one half, [0.57, 1]
     equal = case("far") | {"expect": "equal", "margin": 20.0}
     assert seeds.needed(tmp_path, equal) == 5

@@ -2,10 +2,10 @@
 
     python -m experiments.studies.target_error runs/<run> --horizon 10 --csv error.csv --figure error.png
 
-reads a run of sac_mve.py, sac_svg_h.py or sac_ove.py. For each checkpoint in its folder, fresh transitions
+reads runs of sac_mve.py, sac_svg_h.py or sac_ove.py. For each checkpoint in their folders, fresh transitions
 (s, a, r, s') of that checkpoint's policy are expanded for h = 0 .. H steps by the learned model and, with the
 same action noise, by the true simulator; and by soft Monte-Carlo returns, which follow the simulator until
-γ^k < 0.01 before the critic has a say. Per checkpoint and h, in units of the return:
+γ^k < 0.01 before the critic has a say. Per run, checkpoint and h, in units of the return:
 
     model - simulator     what the model's error does to the target: bias, variance, mean square
     model - returns       the whole error of the target a learned model gives, the critic's share included
@@ -22,7 +22,8 @@ is by differences of its steps, the model's by backpropagation.
 Against the returns, variance and mean square have the sampling noise of the returns taken out, but not that
 of the target's own h actions, which grows with h (more particles would average it out). Where they fall with
 h, looking further ahead pays; where the model's rise and the simulator's do not, the model is to blame.
-Without a learned model (sac_ove.py, --horizon 0) only the third line is there. Figures: the extra `bench`.
+Without a learned model (sac_ove.py, --horizon 0) only the third line is there; at h = 0 it is how far a
+run's critic is from the returns of its own policy. --figure draws one run. Figures: the extra `bench`.
 """
 
 import argparse
@@ -40,7 +41,10 @@ from experiments.algorithms import load
 from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
 from experiments.report.tables import write_table
 
-FIELDS = "step,h,error_of,bias,bias_se,variance,mse,state_error,cosine,action_cosine,action_norm".split(",")
+RUN = ["env_id", "algo", "horizon", "seed"]  # horizon: the run's own
+FIELDS = RUN + "step,h,error_of,bias,bias_se,variance,mse,rms".split(",")
+FIELDS += "state_error,cosine,action_cosine,action_norm".split(",")
+WIDTHS = dict.fromkeys(FIELDS[1:], 11) | {"algo": 9, "horizon": 7, "seed": 4, "h": 3, "error_of": 19}
 
 
 class Starts(NamedTuple):
@@ -259,7 +263,8 @@ def statistics(error: Tensor, episode: Tensor, noise: float = 0.0) -> dict[str, 
     seen = len(episode.unique())
     se = math.sqrt(sums.square().sum().item() * seen / max(seen - 1, 1)) / len(error)
     bias = {"bias": bias.item(), "bias_se": se}
-    return bias | {"variance": error.var().item() - noise, "mse": square - noise}
+    rms = math.sqrt(max(square - noise, 0.0))
+    return bias | {"variance": error.var().item() - noise, "mse": square - noise, "rms": rms}
 
 
 def compare(module, agent, learned, simulator, starts: Starts, horizon: int, repeats: int, gamma: float):
@@ -309,8 +314,8 @@ def compare(module, agent, learned, simulator, starts: Starts, horizon: int, rep
 
 
 @torch.no_grad()
-def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int) -> tuple[str, list[dict]]:
-    """The task and the whole table of a run: every checkpoint, every h. Raises ValueError for bad input."""
+def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int) -> list[dict]:
+    """The whole table of a run: every checkpoint, every h. Raises ValueError for bad input."""
     module, args, states = load_run(run_dir)
     oracle = load("sac_ove")
     torch.set_num_threads(threads)
@@ -320,6 +325,7 @@ def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int
     except oracle.BadInput as error:
         raise ValueError(str(error).replace(" (--horizon 0 needs none)", "")) from error
     dims, table = (env.observation_space.shape[0], env.action_space.shape[0]), []
+    run = {"env_id": args.env_id, "algo": module.ALGO, "horizon": args.horizon, "seed": args.seed}
     for step, state in states.items():
         torch.manual_seed(args.seed)
         agent = module.Agent(args, *dims, torch.device("cpu"))
@@ -328,18 +334,18 @@ def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int
         learned = MODELS[module.ALGO](agent) if has_model else None
         starts = collect(agent, args, simulator, env, number, np.random.default_rng(args.seed))
         rows = compare(module, agent, learned, simulator, starts, horizon, repeats, args.gamma)
-        table += [{"step": step} | row for row in rows]
-        print(f"step {step}: {len(rows)} rows", file=sys.stderr)
-    return args.env_id, table
+        table += [run | {"step": step} | row for row in rows]
+        print(f"{run_dir.name}, step {step}: {len(rows)} rows", file=sys.stderr)
+    return table
 
 
 def show(table: list[dict]) -> str:
     """The table in columns."""
-    lines = [" ".join(f"{name:>19}" if name == "error_of" else f"{name:>11}" for name in FIELDS)]
+    lines = [" ".join(f"{name:>{width}}" for name, width in WIDTHS.items())]
     for row in table:
-        cells = (row.get(name, "") for name in FIELDS)
-        cells = (f"{c:>11.4g}" if isinstance(c, float) else f"{c:>11}" for c in cells)
-        lines.append(" ".join(f"{c.strip():>19}" if i == 2 else c for i, c in enumerate(cells)))
+        cells = ((row.get(name, ""), width) for name, width in WIDTHS.items())
+        cells = (f"{x:>{width}.4g}" if isinstance(x, float) else f"{x:>{width}}" for x, width in cells)
+        lines.append(" ".join(cells))
     return "\n".join(lines)
 
 
@@ -390,19 +396,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder of sac_mve.py, sac_svg_h.py or sac_ove.py")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of sac_mve.py, sac_svg_h.py, sac_ove.py")
     parser.add_argument("--horizon", type=int, default=10, help="largest h (default: 10)")
     parser.add_argument("--starts", type=int, default=512, help="transitions per checkpoint (default: 512)")
     parser.add_argument("--returns", type=int, default=4, help="Monte-Carlo returns for each (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--csv", type=Path, help="file for the table")
-    parser.add_argument("--figure", type=Path, help="picture of the last checkpoint")
+    parser.add_argument("--figure", type=Path, help="picture of the last checkpoint of one run")
     args = parser.parse_args()
     try:
         for name, least in (("horizon", 0), ("starts", 2), ("returns", 2), ("threads", 1)):
             value = getattr(args, name)
             if value < least:
                 raise ValueError(f"--{name} {value}: must be at least {least}")
+        if args.figure and len(args.runs) > 1:
+            raise ValueError(f"--figure {args.figure}: must be of one run, not of {len(args.runs)}")
+        for run in args.runs:
+            load_run(run)  # a mistake in the last is seen before the first is measured
         for name in ("csv", "figure"):
             if path := getattr(args, name):
                 try:
@@ -413,7 +423,8 @@ def main() -> int:
                         f"--{name} {path}: must be a file that can be written: {error}"
                     ) from error
         needs_matplotlib(args.figure)
-        env_id, table = measure(args.run, args.horizon, args.starts, args.returns, args.threads)
+        settings = args.horizon, args.starts, args.returns, args.threads
+        table = [row for run in args.runs for row in measure(run, *settings)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -421,7 +432,7 @@ def main() -> int:
     if args.csv:
         write_table(args.csv, FIELDS, table)
     if args.figure:
-        plot(table, env_id, args.figure)
+        plot(table, table[0]["env_id"], args.figure)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -164,7 +165,9 @@ def test_noise_of_the_returns_is_taken_out():
 def test_statistics_by_hand():
     """Errors 1, 3 in one episode, 5, 7 in another: mean 4; episode sums ∓4 -> se = √(32 · 2 / 1) / 4 = 2."""
     found = errors.statistics(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([2, 2, 5, 5]), 0.5)
-    assert found == pytest.approx({"bias": 4, "bias_se": 2, "variance": 20 / 3 - 0.5, "mse": 21 - 0.5})
+    assert found == pytest.approx(
+        {"bias": 4, "bias_se": 2, "variance": 20 / 3 - 0.5, "mse": 20.5, "rms": 20.5**0.5}
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,15 +209,35 @@ def test_recurrent_model_is_unrolled_as_by_its_own_agent():
 
 
 def test_target_error_mistakes(finished, tmp_path):
-    sac = finished("sac", tmp_path)
+    sac, mve = finished("sac", tmp_path), finished("sac_mve", tmp_path)
     for flags, expected in (
         ([tmp_path / "nothing"], "must be a run folder with a readable args.json"),
         ([sac], "must be a run of sac_mve, sac_svg_h, sac_ove, not sac"),
         ([sac, "--horizon", -1], "--horizon -1: must be at least 0"),
         ([sac, "--returns", 1], "--returns 1: must be at least 2"),
+        ([mve, sac], "must be a run of sac_mve, sac_svg_h, sac_ove, not sac"),
+        ([mve, mve, "--figure", tmp_path / "e.png"], "e.png: must be of one run, not of 2"),
     ):
         done = tool("studies.target_error", *flags)
         assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_target_error_of_several_runs(finished, tmp_path):
+    """One table, whose rows say whose they are: task, file, the run's own H and its seed."""
+    first = finished("sac_mve", tmp_path)
+    second = run("sac_ove", tmp_path / "runs", "--env-id", "InvertedPendulum-v5", "--horizon", 2, "--seed", 7)
+    flags = ["--horizon", 1, "--starts", 20, "--returns", 2, "--threads", 1, "--csv", tmp_path / "errors.csv"]
+    done = tool("studies.target_error", first, second, *flags)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "errors.csv") as file:
+        rows = list(csv.DictReader(file))
+    args = json.loads((first / "args.json").read_text())["args"]
+    names = ("algo", "horizon", "seed", "env_id")
+    found = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
+    mine = ("sac_mve", *(str(args[name]) for name in names[1:]))
+    assert found == [mine, ("sac_ove", "2", "7", "InvertedPendulum-v5")]
+    for row in rows:
+        assert float(row["rms"]) == pytest.approx(max(float(row["mse"]), 0) ** 0.5)
 
 
 def test_target_error_writes_where_it_can_or_not_at_all(finished, tmp_path):

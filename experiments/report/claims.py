@@ -8,7 +8,8 @@ Satterthwaite; or it asks for the share of seeds that reach a return before a st
 that have a 1, with Wilson's interval. It holds if the interval lies on the claimed side (of zero, `than` or
 the share), does not hold if it lies on the other, and is undecided otherwise; a claim of no difference holds
 if the interval lies within the margin. Fewer than five seeds decide nothing. A claim holds if all its cases
-do, and does not if one does not. Extra `bench`.
+do, and does not if one does not. `ours = true` says that no paper makes the claim, `looked` what was done to
+it when data were there already. Extra `bench`.
 """
 
 import argparse
@@ -33,12 +34,17 @@ INTRODUCTION = """\
 Made by `python -m experiments.report.claims` from [`claims.toml`](claims.toml) and [`results/`](results),
 never by hand. A case is decided by the 95 % interval of a difference of means over seeds (Welch), or of a
 share of seeds (Wilson), and by no fewer than five seeds; a claim holds if all its cases do. Intervals are not
-corrected for their number. Unless a case says otherwise its numbers are areas under learning curves: mean
-return over the steps."""
+corrected for their number (below). Unless a case says otherwise its numbers are areas under learning curves:
+mean return over the steps."""
 SUMMARY = re.compile(r"^\d+ claims: .*$", re.M)
-CLAIM = {"id", "paper", "source", "statement", "suite", "note", "figure", "cases"}
+CLAIM = {"id", "paper", "source", "statement", "suite", "note", "figure", "cases", "ours", "looked"}
 CASE = {"about", "metric", "terms", "expect", "margin", "share", "level", "before"}
 CASE |= {"value", "replicate", "never", "than"}
+LOOKED = {  # what a claim says of itself if it is not as it was before there were data
+    "added": "added after looking at the data",
+    "cases": "its cases chosen after a first look at the data",
+    "split": "split in two after looking at the data",
+}
 
 
 @dataclasses.dataclass
@@ -67,6 +73,8 @@ def read_claims(path: Path) -> tuple[dict[str, str], list[dict]]:
             raise ValueError(f"{name}: {missing.pop()}: must be given")
         if claim["paper"] not in page.get("papers", {}):
             raise ValueError(f"{name}: paper {claim['paper']}: must be one of {', '.join(page['papers'])}")
+        if (looked := claim.get("looked", "added")) not in LOOKED:
+            raise ValueError(f"{name}: looked {looked}: must be one of {', '.join(LOOKED)}")
         for case in claim.get("cases", []):
             if unknown := set(case) - CASE:
                 raise ValueError(f"{name}: {unknown.pop()}: must be one of {', '.join(sorted(CASE))}")
@@ -179,24 +187,42 @@ def wrote(finding: Finding) -> str:
     return f"{finding.about}: {number(finding.estimate)} {ends}, n = {finding.seeds}: {finding.verdict}"
 
 
-def summary(verdicts: list[str]) -> str:
-    """How many claims hold, and so on, in words."""
+def source_of(claim: dict) -> str:
+    """Where the claim is from, and what was done to it when data were there already."""
+    return "; ".join([claim["source"], *(LOOKED[key] for key in [claim.get("looked")] if key)])
+
+
+def summary(claims: list[dict], verdicts: list[str]) -> str:
+    """How many claims hold, and so on, in words; how many are the papers', and how many of these are judged."""
     words = {HOLDS: "hold", FAILS: "do not", OPEN: OPEN, FEW: f"with {FEW}", NONE: NONE}
     parts = [f"{verdicts.count(verdict)} {text}" for verdict, text in words.items()]
-    return f"{len(verdicts)} claims: {', '.join(parts)}."
+    theirs = [verdict for claim, verdict in zip(claims, verdicts, strict=True) if not claim.get("ours")]
+    judged = sum(verdict in (HOLDS, FAILS, OPEN) for verdict in theirs)
+    text = f"The papers make {len(theirs)} of them; {judged} of these are judged, on five seeds or more."
+    return f"{len(verdicts)} claims: {', '.join(parts)}. {text}"
+
+
+def caution(claims: list[dict], judged: list[list[Finding]]) -> str:
+    """How many intervals there are, how many would miss by chance, how many claims are not as they were."""
+    intervals = sum(finding.verdict in (HOLDS, FAILS, OPEN) for findings in judged for finding in findings)
+    marked = sum("looked" in claim for claim in claims)
+    chance = f"of which about {intervals / 20:.0f} are expected to miss the true value by chance"
+    looked = "claims were added, split or given their cases after a look at the data; they say so"
+    return f"They rest on {intervals} intervals, {chance}. {marked} {looked}."
 
 
 def page(papers: dict[str, str], claims: list[dict], results: Path) -> str:
     """docs/claims.md."""
     judged = [(claim, [decide(results, case) for case in claim.get("cases", [])]) for claim in claims]
     verdicts = [overall(findings) for _, findings in judged]
-    lines = ["# Every claim, and what our data say", "", INTRODUCTION, "", summary(verdicts), ""]
+    lines = ["# Every claim, and what our data say", "", INTRODUCTION, "", summary(claims, verdicts), ""]
+    lines += [caution(claims, [findings for _, findings in judged]), ""]
     for key, title in papers.items():
         lines += [f"## {title}", "", "| | claim | what we find | verdict | suite |", "|---|---|---|---|---|"]
         for claim, findings in judged:
             if claim["paper"] != key:
                 continue
-            cells = [claim["id"], f"{claim['statement']} ({claim['source']})"]
+            cells = [claim["id"], f"{claim['statement']} ({source_of(claim)})"]
             text = "; ".join(wrote(finding) for finding in findings)
             figure = f"([figure](figures/{claim['figure']}))" if claim.get("figure") else ""
             text = f"{text} {figure}".strip()

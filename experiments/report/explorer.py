@@ -200,11 +200,12 @@ def behind(results: Path, case: dict) -> dict:
 def judged(results: Path, path: Path) -> dict:
     """The claims by paper, with their cases."""
     papers, every = claims.read_claims(path)
-    found, names = [], ("id", "paper", "source", "statement", "note", "figure", "suite")
+    found, names = [], ("id", "paper", "statement", "note", "figure", "suite")
     for claim in every:
         cases = claim.get("cases", [])
         verdict = claims.overall([claims.decide(results, case) for case in cases])
-        entry = {"verdict": verdict, "cases": [behind(results, case) for case in cases]}
+        entry = {"source": claims.source_of(claim), "verdict": verdict}
+        entry |= {"cases": [behind(results, case) for case in cases]}
         found.append({name: claim[name] for name in names if name in claim} | entry)
     return {"papers": papers, "claims": found}
 

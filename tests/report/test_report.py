@@ -389,6 +389,20 @@ def test_a_claim_holds_if_all_its_cases_do():
     assert claims.overall([]) == "not measured"
 
 
+def test_the_summary_counts_what_papers_say_and_what_was_looked_at():
+    """Of four claims one is ours; of the papers' three two are judged. Too few seeds are no interval."""
+    every = [{}, {"looked": "split"}, {"ours": True, "looked": "added"}, {}]
+    verdicts = [claims.HOLDS, claims.OPEN, claims.FAILS, claims.FEW]
+    said = "4 claims: 1 hold, 1 do not, 1 undecided, 1 with too few seeds, 0 not measured. "
+    said += "The papers make 3 of them; 2 of these are judged, on five seeds or more."
+    assert claims.summary(every, verdicts) == said
+    findings = [[claims.Finding("", verdict, 5)] * 20 for verdict in verdicts]
+    text = claims.caution(every, findings)
+    assert "on 60 intervals, of which about 3 are" in text and "2 claims were added" in text
+    assert claims.source_of({"source": "talk"}) == "talk"
+    assert claims.source_of({"source": "talk", "looked": "split"}) == f"talk; {claims.LOOKED['split']}"
+
+
 def test_claims_page_is_what_the_data_say():
     done = tool("report.claims", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -401,7 +415,7 @@ def test_summary_goes_into_the_readme(tmp_path):
     line = done.stdout.strip()
     assert (
         done.returncode == 0
-        and line.endswith(" not measured.")
+        and line.endswith(" of these are judged, on five seeds or more.")
         and line in (tmp_path / "claims.md").read_text()
     )
     assert (tmp_path / "README.md").read_text() == f"a\n<!-- claims -->\n{line}\n<!-- end -->\nb\n"
@@ -446,6 +460,11 @@ def test_every_claim_names_a_suite_that_makes_its_data(tmp_path):
             "never: must be given with metric = steps",
         ),
         ("[[claims", "must be valid TOML"),
+        (
+            "[papers]\nx = 1\n[[claims]]\nid = 'A'\npaper = 'x'\nsource = ''\nstatement = ''\n"
+            "looked = 'twice'\n",
+            "claim A: looked twice: must be one of added, cases, split",
+        ),
     ],
 )
 def test_mistakes_in_claims(text, expected, tmp_path):

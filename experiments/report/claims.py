@@ -193,7 +193,7 @@ def source_of(claim: dict) -> str:
 
 
 def summary(claims: list[dict], verdicts: list[str]) -> str:
-    """How many claims hold, and so on, in words; how many are the papers', and how many of these are judged."""
+    """How many claims hold, and so on, in words; how many the papers make, and judged of them."""
     words = {HOLDS: "hold", FAILS: "do not", OPEN: OPEN, FEW: f"with {FEW}", NONE: NONE}
     parts = [f"{verdicts.count(verdict)} {text}" for verdict, text in words.items()]
     theirs = [verdict for claim, verdict in zip(claims, verdicts, strict=True) if not claim.get("ours")]

@@ -335,7 +335,8 @@ def on_gpu(args, algo: str, peers: list[str]) -> bool:
     return all(found.values())
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
+    """The command's flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -359,7 +360,46 @@ def main() -> int:
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--period", type=int, help=argparse.SUPPRESS)
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="for the algorithms that have them")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """Fills in what depends on the device; the files to measure. Raises ValueError with one line."""
+    cuda = args.device == "cuda"
+    defaults = {"steps": 1 if cuda else 2000, "seconds": 5.0 if cuda else 0.0}
+    vars(args).update((name, value) for name, value in defaults.items() if getattr(args, name) is None)
+    for name in ("processes", "rounds", "steps", "warm_up"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if args.processes > 1 and not cuda:
+        raise ValueError(f"--processes {args.processes}: must be with --device cuda")
+    if cuda:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: must be cpu here: torch finds no CUDA device")
+    every = [name for name in ALGOS if name in ROWS]
+    chosen = every if "all" in args.algo else list(dict.fromkeys(args.algo))
+    if args.extra and not any(own_flags(algo, args.extra) for algo in chosen):
+        raise ValueError(f"{args.extra[0]}: must be a flag of at least one of {', '.join(chosen)}")
+    return chosen
+
+
+def installed_peers(wanted: list[str] | None, cuda: bool) -> list[str]:
+    """Of the libraries that are asked for, or of all, those that can be measured here."""
+    peers = list(PEERS) if wanted is None else wanted
+    peers = [
+        peer for peer in peers if not (cuda and peer == "sbx")
+    ]  # its JAX would have to be built for CUDA
+    needed = {peer: (PEERS[peer], PEERS["sb3"]) for peer in peers}  # SBX is built on Stable-Baselines3
+    found = [peer for peer, names in needed.items() if all(map(importlib.util.find_spec, names))]
+    for peer in set(peers) - set(found):
+        print(f"{peer} is not installed: skipped (pip install -e '.[bench]')")
+    return found
+
+
+def main() -> int:
+    args = parse()
     if args.worker == "ours":
         run_ours(args.algo[0], args.begin, args.period, args.extra)
         return 0
@@ -368,36 +408,15 @@ def main() -> int:
         return 0
 
     cuda, wanted = args.device == "cuda", args.peers
-    defaults = {"steps": 1 if cuda else 2000, "seconds": 5.0 if cuda else 0.0}
-    vars(args).update((name, value) for name, value in defaults.items() if getattr(args, name) is None)
     try:
-        for name in ("processes", "rounds", "steps", "warm_up"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if args.processes > 1 and not cuda:
-            raise ValueError(f"--processes {args.processes}: must be with --device cuda")
-        if cuda:
-            import torch
-
-            if not torch.cuda.is_available():
-                raise ValueError("--device cuda: must be cpu here: torch finds no CUDA device")
-        chosen = (
-            [name for name in ALGOS if name in ROWS] if "all" in args.algo else list(dict.fromkeys(args.algo))
-        )
-        if args.extra and not any(own_flags(algo, args.extra) for algo in chosen):
-            raise ValueError(f"{args.extra[0]}: must be a flag of at least one of {', '.join(chosen)}")
+        chosen = check(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    peers = list(PEERS) if wanted is None else wanted
-    peers = [
-        peer for peer in peers if not (cuda and peer == "sbx")
-    ]  # its JAX would have to be built for CUDA
-    needed = {peer: (PEERS[peer], PEERS["sb3"]) for peer in peers}  # SBX is built on Stable-Baselines3
-    installed = [peer for peer, names in needed.items() if all(map(importlib.util.find_spec, names))]
-    for peer in set(peers) - set(installed):
-        print(f"{peer} is not installed: skipped (pip install -e '.[bench]')")
+    installed = installed_peers(wanted, cuda)
     if cuda:
+        import torch
+
         args.peers, sharing = installed, "with" if mps_answers() else "without"
         print(f"steps/s on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {sharing} MPS")
         head = f"{'file':<13} {'task':<20} {'eager':>8} {'captured':>9} {'ratio':>6} {'least':>6}"

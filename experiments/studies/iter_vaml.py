@@ -186,63 +186,84 @@ def report(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(table: list[dict], out: Path) -> None:
-    """Means over worlds with their standard errors; what is below 1e-4 is drawn there."""
-    plt = pyplot()
+FLOOR = 1e-4  # what is below is drawn there
+GREY, BLACK = "#555555", "black"
+
+
+def looks() -> dict[tuple, dict]:
+    """Colour, marker and name of every kind of fit, (kind, n)."""
     blue, red, green, pink, amber, sky = COLOURS
-    grey, black, floor = "#555555", "black", 1e-4
     kinds = [("mle", ""), ("itervaml", INF), ("itervaml", 1), ("restarted", 1)]
     kinds += [("gamps", ""), ("vaml", ""), ("paml", "")]
     names = "MLE;IterVAML, exact;IterVAML, n = 1;n = 1 from MLE;GAMPS;VAML;PAML".split(";")
-    colours = [grey, blue, red, amber, pink, sky, green]
-    looks = dict(zip(kinds, zip(names, colours, "so^vDPX", strict=True), strict=True))
-    figure, panels = plt.subplots(2, 4, figsize=(13, 6.4), layout="constrained")
+    looked = zip(kinds, [GREY, blue, red, amber, pink, sky, green], "so^vDPX", names, strict=True)
+    return {kind: {"color": colour, "marker": m, "label": name} for kind, colour, m, name in looked}
 
-    def draw(axes, x, found: list[np.ndarray], **style) -> None:
-        mean = np.maximum([f.mean() for f in found], floor)
-        error = np.array([f.std(ddof=min(1, len(f) - 1)) / len(f) ** 0.5 for f in found])
-        axes.errorbar(x, mean, [np.minimum(error, mean - 0.9 * floor), error], ms=5, capsize=2, **style)
 
-    def curves(axes, title: str, panel: str, column: str, name: str, **where) -> None:
-        rows = [row for row in table if row["panel"] == panel and all(row[k] == v for k, v in where.items())]
-        across = sorted({row[column] for row in rows})
-        for (kind, n), (label, colour, marker) in looks.items():
-            found = [chosen(rows, name, kind=kind, n=n, **{column: x}) for x in across]
-            if rows and all(len(x) for x in found):
-                draw(axes, range(len(across)), found, color=colour, marker=marker, label=label, lw=1.3)
-        if name == "loss" and rows:
-            luck = chosen(rows, "loss", kind="uniform").mean()
-            axes.axhline(luck, color=black, lw=0.8, ls=":", label="random policy")
-        axes.set(title=title, xlabel={"p": "features p", "N": "transitions N of each pair"}[column])
-        axes.set_xticks(range(len(across)), [str(x) for x in across])
+def draw_means(axes, x, found: list[np.ndarray], **style) -> None:
+    """Means over worlds with their standard errors."""
+    mean = np.maximum([f.mean() for f in found], FLOOR)
+    error = np.array([f.std(ddof=min(1, len(f) - 1)) / len(f) ** 0.5 for f in found])
+    axes.errorbar(x, mean, [np.minimum(error, mean - 0.9 * FLOOR), error], ms=5, capsize=2, **style)
 
-    curves(panels[0, 0], "(a) Garnet worlds, random φ", "planning", "p", "loss")
+
+def draw_panel(axes, table: list[dict], title: str, panel: str, column: str, name: str, **where) -> None:
+    """Every kind of fit over a size, `column`."""
+    rows = [row for row in table if row["panel"] == panel and all(row[k] == v for k, v in where.items())]
+    across = sorted({row[column] for row in rows})
+    for (kind, n), look in looks().items():
+        found = [chosen(rows, name, kind=kind, n=n, **{column: x}) for x in across]
+        if rows and all(len(x) for x in found):
+            draw_means(axes, range(len(across)), found, **look, lw=1.3)
+    if name == "loss" and rows:
+        luck = chosen(rows, "loss", kind="uniform").mean()
+        axes.axhline(luck, color=BLACK, lw=0.8, ls=":", label="random policy")
+    axes.set(title=title, xlabel={"p": "features p", "N": "transitions N of each pair"}[column])
+    axes.set_xticks(range(len(across)), [str(x) for x in across])
+
+
+def draw_samples(axes, table: list[dict]) -> None:
+    """The loss of IterVAML over the samples in its own loss, beside likelihood's."""
+    blue, red = COLOURS[:2]
     for p, marker in ((4, "o"), (8, "s"), (16, "^")):
         rows = [row for row in table if row["panel"] == "planning" and row["p"] == p]
         found = [chosen(rows, "loss", kind="itervaml", n=n) for n in (1, 4, 16, INF)]
         if rows:
-            draw(panels[0, 1], range(1, 5), found, color=blue, marker=marker, lw=1.3)
-            draw(panels[0, 1], [1], found[:1], color=red, marker=marker, lw=0, elinewidth=1.3)
-            draw(panels[0, 1], [0], [chosen(rows, "loss", kind="mle")], color=grey, marker=marker)
-            panels[0, 1].annotate(f"p = {p}", (4.2, max(found[-1].mean(), floor)), va="center", fontsize=8)
-    panels[0, 1].set(title="(b) the same over samples n", xlabel="n", xlim=(-0.4, 5.2))
-    panels[0, 1].set_xticks(range(5), ["MLE", "1", "4", "16", "∞"])
-    for kind, colour in (("mle", grey), ("truth", black), ("itervaml", blue)):
+            draw_means(axes, range(1, 5), found, color=blue, marker=marker, lw=1.3)
+            draw_means(axes, [1], found[:1], color=red, marker=marker, lw=0, elinewidth=1.3)
+            draw_means(axes, [0], [chosen(rows, "loss", kind="mle")], color=GREY, marker=marker)
+            axes.annotate(f"p = {p}", (4.2, max(found[-1].mean(), FLOOR)), va="center", fontsize=8)
+    axes.set(title="(b) the same over samples n", xlabel="n", xlim=(-0.4, 5.2))
+    axes.set_xticks(range(5), ["MLE", "1", "4", "16", "∞"])
+
+
+def draw_bounds(axes, table: list[dict]) -> None:
+    """Losses over the iterations, and what bounds them."""
+    for kind, colour in (("mle", GREY), ("truth", BLACK), ("itervaml", COLOURS[0])):
         rows = [row for row in table if row["panel"] == "bound" and row["kind"] == kind]
         for name, style in (("loss", "-"), ("bound", "--"), ("bound_sup", ":")):
-            values = np.maximum([row[name] for row in rows], floor)
+            values = np.maximum([row[name] for row in rows], FLOOR)
             label = "true model" if (kind, name) == ("truth", "loss") else None
-            panels[0, 2].plot([row["K"] for row in rows], values, style, color=colour, label=label)
-    panels[0, 2].set(title="(c) Theorem 1, three states", xlabel="iterations K", xscale="log")
+            axes.plot([row["K"] for row in rows], values, style, color=colour, label=label)
+    axes.set(title="(c) Theorem 1, three states", xlabel="iterations K", xscale="log")
     for text, height in (("loss", 1.5), ("bounds (7) - - and (7') ···", 500)):
-        panels[0, 2].annotate(text, (3.5, height), fontsize=8)
-    curves(panels[0, 3], "(d) policy gradient, Garnet", "gradient", "p", "gradient_error")
-    curves(panels[1, 0], "(e) grid, polynomials", "structured", "p", "loss", features="polynomials")
-    curves(panels[1, 1], "(f) grid, Gaussian model", "structured", "p", "loss", features="gaussian")
-    curves(panels[1, 2], "(g) grid, tiles: MLE = IterVAML", "structured", "p", "loss", features="tiles")
-    curves(panels[1, 3], "(h) Garnet, p = 8, from data", "data", "N", "loss", p=8)
+        axes.annotate(text, (3.5, height), fontsize=8)
+
+
+def plot(table: list[dict], out: Path) -> None:
+    """Means over worlds with their standard errors, a panel for each question."""
+    figure, panels = pyplot().subplots(2, 4, figsize=(13, 6.4), layout="constrained")
+    grid = ("structured", "p", "loss")
+    draw_panel(panels[0, 0], table, "(a) Garnet worlds, random φ", "planning", "p", "loss")
+    draw_samples(panels[0, 1], table)
+    draw_bounds(panels[0, 2], table)
+    draw_panel(panels[0, 3], table, "(d) policy gradient, Garnet", "gradient", "p", "gradient_error")
+    draw_panel(panels[1, 0], table, "(e) grid, polynomials", *grid, features="polynomials")
+    draw_panel(panels[1, 1], table, "(f) grid, Gaussian model", *grid, features="gaussian")
+    draw_panel(panels[1, 2], table, "(g) grid, tiles: MLE = IterVAML", *grid, features="tiles")
+    draw_panel(panels[1, 3], table, "(h) Garnet, p = 8, from data", "data", "N", "loss", p=8)
     for axes in panels.flat:
-        axes.set(yscale="log", ylim=(0.7 * floor, 2e3 if axes is panels[0, 2] else 6))
+        axes.set(yscale="log", ylim=(0.7 * FLOOR, 2e3 if axes is panels[0, 2] else 6))
         clean(axes)
     for at, text in (((0, 0), "loss"), ((1, 0), "loss"), ((0, 3), "relative error of ∇J")):
         panels[at].set_ylabel(text.replace("loss", "loss of the greedy policy"))

@@ -190,6 +190,52 @@ def tested(module, model, values, data, deterministic: bool = False) -> list[dic
     ]
 
 
+def make_worlds(module, width: int, seeds: list[int], transitions: int):
+    """Worlds of this width, stacked as members, their values, and the transitions lived in each.
+
+    A world depends on its seed and width alone.
+    """
+    frozen = lambda part: part.requires_grad_(False)
+    build = lambda number: frozen(
+        module.DeltaGaussian(number, STATES, ACTIONS, 2, width, low=-3.0, high=-1.0)
+    )
+    worlds, values, pieces = build(len(seeds)), frozen(Values(module, len(seeds))), []
+    for member, seed in enumerate(seeds):
+        torch.manual_seed(1000 * width + seed)
+        world, value = build(1), frozen(Values(module, 1))
+        xavier(world)
+        for stack, one in ((worlds, world), (values, value)):
+            for many, single in zip(stack.parameters(), one.parameters(), strict=True):
+                many[member] = single[0]
+        pieces.append(live(world, transitions))
+    return worlds, values, [torch.cat(x) for x in zip(*pieces, strict=True)]
+
+
+def measure_cell(args: argparse.Namespace, module, width: int, realizable: str) -> list[dict]:
+    """One cell of the table: every loss in every world of this width, the losses trained side by side."""
+    seeds, times = len(args.seeds), len(SHARES)
+    worlds, values, data = make_worlds(module, width, args.seeds, args.transitions + TEST)
+    train, test = ([x[:, at] for x in data] for at in (slice(TEST, None), slice(TEST)))
+    truths = {name: tested(module, worlds, values, test, name == "mean") for name in ("truth", "mean")}
+    torch.manual_seed(width)
+    model = module.DeltaGaussian(seeds, STATES, ACTIONS, 2 if realizable == "yes" else 1, width)
+    owner = torch.arange(seeds).repeat(times)
+    model = chosen(model, owner)  # the losses of a world begin with the same weights
+    shares = torch.tensor([c for c in SHARES.values() for _ in range(seeds)])
+    name = f"width {width}, realizable: {realizable}"
+    stopped = fit(module, model, values, train, owner, shares, args, name)
+    found = tested(module, model, chosen(values, owner), [x[owner] for x in test])
+    rows = []
+    for i, c in enumerate([*SHARES, *truths]):
+        mine = truths[c] if c in truths else found[i * seeds : (i + 1) * seeds]
+        epochs = [0] * seeds if c in truths else stopped[i * seeds : (i + 1) * seeds]
+        for seed, row, mean, epoch in zip(args.seeds, mine, truths["mean"], epochs, strict=True):
+            errors = ("value_error", "value_error_1")
+            relative = {name.replace("value_error", "relative"): row[name] / mean[name] for name in errors}
+            rows.append({"c": c, "seed": seed, "stopped": epoch} | row | relative)
+    return rows
+
+
 def measure(args: argparse.Namespace, done: list[dict], write) -> list[dict]:
     """The table, cell by cell (a width, realizable or not); cells in `done` are kept."""
     module = load("sac_vaml")
@@ -197,56 +243,13 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> list[dict]:
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     if any({name: row[name] for name in SETTINGS} != settings for row in done):
         raise ValueError(f"--csv {args.csv}: must be of these settings, or not exist")
-    table = list(done)
-    have = {(int(row["width"]), row["realizable"]) for row in done}
+    table, have = list(done), {(int(row["width"]), row["realizable"]) for row in done}
     cells = [(width, realizable) for width in args.widths for realizable in ("yes", "no")]
     for width, realizable in tqdm(cells, desc="cells"):
-        if (width, realizable) in have:
-            continue
-        seeds, times = len(args.seeds), len(SHARES)
-        worlds = module.DeltaGaussian(seeds, STATES, ACTIONS, 2, width, low=-3.0, high=-1.0).requires_grad_(
-            False
-        )
-        values = Values(module, seeds).requires_grad_(False)
-        pieces = []
-        for member, seed in enumerate(args.seeds):  # a world depends on its seed and width alone
-            torch.manual_seed(1000 * width + seed)
-            world = module.DeltaGaussian(1, STATES, ACTIONS, 2, width, low=-3.0, high=-1.0).requires_grad_(
-                False
-            )
-            value = Values(module, 1).requires_grad_(False)
-            xavier(world)
-            for stack, one in ((worlds, world), (values, value)):
-                for many, single in zip(stack.parameters(), one.parameters(), strict=True):
-                    many[member] = single[0]
-            pieces.append(live(world, args.transitions + TEST))
-        data = [torch.cat(x) for x in zip(*pieces, strict=True)]
-        train, test = ([x[:, at] for x in data] for at in (slice(TEST, None), slice(TEST)))
-        truths = {
-            "truth": tested(module, worlds, values, test),
-            "mean": tested(module, worlds, values, test, True),
-        }
-        layers = 2 if realizable == "yes" else 1
-        torch.manual_seed(width)
-        model = module.DeltaGaussian(seeds, STATES, ACTIONS, layers, width)
-        owner = torch.arange(seeds).repeat(times)
-        model = chosen(model, owner)  # the losses of a world begin with the same weights
-        shares = torch.tensor([c for c in SHARES.values() for _ in range(seeds)])
-        name = f"width {width}, realizable: {realizable}"
-        stopped = fit(module, model, values, train, owner, shares, args, name)
-        found = tested(module, model, chosen(values, owner), [x[owner] for x in test])
-        rows = []
-        for i, c in enumerate([*SHARES, *truths]):
-            mine = truths[c] if c in truths else found[i * seeds : (i + 1) * seeds]
-            epochs = [0] * seeds if c in truths else stopped[i * seeds : (i + 1) * seeds]
-            for seed, row, mean, epoch in zip(args.seeds, mine, truths["mean"], epochs, strict=True):
-                relative = {
-                    name.replace("value_error", "relative"): row[name] / mean[name]
-                    for name in ("value_error", "value_error_1")
-                }
-                rows.append({"c": c, "seed": seed, "stopped": epoch} | row | relative)
-        table += [settings | {"width": width, "realizable": realizable} | row for row in rows]
-        write(table)
+        if (width, realizable) not in have:
+            cell = settings | {"width": width, "realizable": realizable}
+            table += [cell | row for row in measure_cell(args, module, width, realizable)]
+            write(table)
     return table
 
 

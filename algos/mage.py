@@ -15,7 +15,7 @@ from a Gaussian ensemble at the actor's own action, one random member per state.
 which gives the same gradient as differentiating through the model twice. --grad-weight 0 is Dyna-TD3: the
 same learner, no idea. Actor and critics are smooth (SiLU). The model is sac_mve.py's:
 
-    L_f = mean Σ_j (Δ_j − μ_j)² / σ_j² + log σ_j²,  Δ = (s' − s, r)                               (6)
+    L_f = mean Σ_j (Δ_j − μ_j)² / σ_j² + log σ_j² + 0.01 Σ_j (max − min)_j,  Δ = (s' − s, r)      (6)
     L_d = cross-entropy of the termination of (s, a, s')                                          (7)
 
     python algos/mage.py

@@ -625,12 +625,14 @@ class Agent:
         return dict(zip(REPORT, self.report.clone(), strict=True))
 
     def recorded_cost(self, buffer: ReplayBuffer, episode: Tensor) -> Tensor:
-        """(7) of what was seen in the first H steps of an episode; steps after its end cost 1."""
+        """(7) of what was seen in the first H steps of an episode; steps after a terminal state cost 1."""
         oldest_first = (buffer.added - buffer.size + torch.arange(buffer.size)) % buffer.capacity
         places = oldest_first.to(self.device)
         places = places[buffer.episode[places] == episode.to(self.device)][: self.args.horizon]
-        z = features_of(buffer[places].next_obs.double(), self.problem.angles) - self.problem.target
-        cost = torch.ones(self.args.horizon, dtype=z.dtype, device=self.device)
+        seen = buffer[places]
+        z = features_of(seen.next_obs.double(), self.problem.angles) - self.problem.target
+        lost = seen.terminated[-1:].sum()  # not where a time limit or a trial's end was the last
+        cost = lost.to(z.dtype).repeat(self.args.horizon)
         cost[: len(z)] = 1 - (-0.5 * (z @ self.problem.weights * z).sum(1)).exp()
         return self.discounted(cost)
 

@@ -17,7 +17,7 @@ trial it is refitted to all transitions. Plans see its mean only. With x the fea
     a   = a_0 at s with m_0;  the next search begins at (m_1, .., m_{H−1}, 0), uniform at m, with v_0    (6)
     π_W(x) = W₂ tanh(W₁ z + b₁) + b₂ clipped to ±1,   z = (x − mean)/deviation of all x so far           (7)
     average:  W ← W + mean of the m_0 that were executed                                                 (8a)
-    bc:       min_W mean (π_W(x) − a)² over the (x, a) executed in the trial                             (8b)
+    bc:       min_W mean (π_W(x) − a)², π_W not clipped, over the (x, a) executed in the trial           (8b)
     gan:      L_D = −mean log D(x, a) − mean log(1 − D(x, ã)) − 1e-3 mean entropy(D),
               L_W = −mean log D(x, ã),   ã = π_{W+ω}(x),   ω ~ √v_0 N(0, 1) within ±2                    (8c)
 

@@ -172,6 +172,8 @@ class Args(Run, SAC, ActorExpansion):
             before = self.expansion_starts < self.total_timesteps or not waits
             total = f"below --total-timesteps {self.total_timesteps} (paper and released set 10 000)"
             require(before, "expansion_starts", self.expansion_starts, total)
+        used = self.horizon > 0 or self.critic_expansion == "none"
+        require(used, "critic_expansion", self.critic_expansion, "none with --horizon 0")
         used = self.horizon > 0 or self.value_loss == 0
         require(used, "value_loss", self.value_loss, "0 with --horizon 0, where there is no model")
         used = self.entropy_decay == 1 or self.final_entropy is not None

@@ -6,7 +6,6 @@
 What is drawn from a run itself, and not from a table, is made where its page says: BY_HAND. Extra `bench`.
 """
 
-import argparse
 import csv
 import functools
 import math
@@ -17,6 +16,7 @@ import numpy as np
 
 from experiments.algorithms import ROOT
 from experiments.report import curves, summary
+from experiments.report.commands import Parser, mistake
 from experiments.report.pictures import looks_of
 from experiments.report.reading import RESULTS, grouped, read_all
 from experiments.studies import (
@@ -183,8 +183,7 @@ for kind in ("target", "gradient"):
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help="of pictures (default: all)")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder (default: docs/figures)")
     args = parser.parse_args(argv)
@@ -195,8 +194,7 @@ def main(argv: list[str] | None = None) -> int:
             PICTURES[name](args.out / name)
             print(args.out / name, flush=True)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     return 0
 
 

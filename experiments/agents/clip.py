@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from experiments.agents.watch import load
+from experiments.report.commands import Parser
 
 EVERY = 2  # steps of a picture
 
@@ -59,8 +60,7 @@ def pictures(options: argparse.Namespace) -> tuple[list[np.ndarray], float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="its folder, or a kept one")
     parser.add_argument("out", type=Path, help="file to write, .gif")
     parser.add_argument("--first", type=int, default=60, help="step (default: 60)")

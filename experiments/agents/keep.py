@@ -8,12 +8,13 @@ is left out. Of an unfinished run it is the agent of the last checkpoint. The fo
 for a mistake, which leaves nothing on disk.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+
+from experiments.report.commands import Parser, mistake
 
 NAMES = ("final.pt", "checkpoint.pt", "checkpoint.previous.pt")
 LEFT_OUT = ("buffer", "torch_rng", "cuda_rng", "task_rng")  # what only a run that goes on needs
@@ -38,6 +39,9 @@ def keep(run: Path, out: Path) -> int:
         state = small(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # missing and damaged files raise many types
         raise ValueError(f"{run}: must be a run's folder with a readable {path.name}: {error!r}") from None
+    for name in ("args.json", "eval.csv"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run}: must be a run's folder with its {name}")
     if out.exists():
         raise ValueError(f"{out}: must be a folder that does not exist yet")
     try:
@@ -45,24 +49,21 @@ def keep(run: Path, out: Path) -> int:
         torch.save(state, out / "final.pt")
         for name in ("args.json", "eval.csv"):
             shutil.copyfile(run / name, out / name)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of a full disk, from torch.save
         shutil.rmtree(out, ignore_errors=True)
         raise ValueError(f"{out}: must be a folder that can be written: {error}") from None
     return sum(file.stat().st_size for file in out.iterdir())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("out", type=Path, help="the new folder")
     args = parser.parse_args()
     try:
         size = keep(args.run, args.out)
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(f"{args.out}: {size / 1e6:.2f} MB")
     return 0
 

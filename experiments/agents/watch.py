@@ -28,6 +28,7 @@ import gymnasium as gym
 import torch
 
 from experiments.algorithms import ROOT
+from experiments.report.commands import Parser
 
 
 def load(run: Path, file: Path | None):
@@ -121,8 +122,7 @@ def watch(options: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="its folder")
     parser.add_argument("--episodes", type=int, default=5, help="default: 5")
     parser.add_argument("--seed", type=int, help="default: that of the run's evaluation, its own + 100")

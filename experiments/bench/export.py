@@ -7,13 +7,13 @@ They lie at <results>/<name>/<task>/<algorithm>/<settings>/<seed>.csv; those of 
 lie under the name of the suite that they are included from.
 """
 
-import argparse
 import re
 import shutil
 import sys
 from pathlib import Path
 
 from experiments.bench.jobs import find_run, place_of, suite_jobs, suite_names
+from experiments.report.commands import Parser, mistake
 from experiments.report.reading import RESULTS, parts_of, settings_of
 
 ANYWHERE = "num_threads env_threads device cuda_graphs capture_video".split()  # matter to no result
@@ -56,8 +56,7 @@ def copy(folder: Path, place: Path) -> None:
 
 
 def main() -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     parser.add_argument("name", help="of a suite, or of the folder for all runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: docs/results)")
@@ -70,8 +69,7 @@ def main() -> int:
         else:
             count = of_all(args.runs, args.results / args.name)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(f"{count} runs exported to {args.results}")
     return 0
 

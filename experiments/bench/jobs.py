@@ -74,8 +74,13 @@ def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]
                 raise ValueError(f"--suite {name}: {key}: {rule}")
         if not isinstance(block.get("flags", ""), str):
             raise ValueError(f"--suite {name}: flags: must be a string, as on the command line")
-    included = []
-    for other in suite.get("include", []):
+        for key in ("algos", "env_ids"):
+            if odd := [value for value in block[key] if not isinstance(value, str)]:
+                raise ValueError(f"--suite {name}: {key}: {odd[0]}: must be a string")
+    included, others = [], suite.get("include", [])
+    if not (isinstance(others, list) and all(isinstance(other, str) for other in others)):
+        raise ValueError(f"--suite {name}: include: must be a list of names")
+    for other in others:
         if other in (*above, name):
             raise ValueError(f"--suite {name}: include: must not lead back to {other}")
         included += read_suite(other, (*above, name))[1]

@@ -27,8 +27,9 @@ import time
 from pathlib import Path
 
 from experiments.bench.jobs import Job, find_run, place_of, plan, suite_jobs
-from experiments.bench.options import PATIENCE, mistake, read_line
+from experiments.bench.options import PATIENCE, read_line
 from experiments.bench.work import TimeIsUp, execute, mps_answers
+from experiments.report.commands import mistake
 from experiments.report.reading import method_of, read_curve
 
 SKIPPED = ("finished", "published")
@@ -127,6 +128,9 @@ def main() -> int:
         block = {name: getattr(args, name) for name in defaults}
         if [] in block.values():
             raise ValueError("--algos, --env-ids, --seeds: must not be empty")
+        for name in ("suite", "ray", "runs_dir"):
+            if getattr(args, name) == "":
+                raise ValueError(f"--{name.replace('_', '-')}: must not be empty")
         if args.ray and importlib.util.find_spec("ray") is None:
             raise ValueError(f"--ray {args.ray}: must be left out without Ray: pip install -e '.[cluster]'")
         runs_dir = str(Path(args.runs_dir).resolve())
@@ -152,7 +156,7 @@ def main() -> int:
         code = carry_out(jobs, runs_dir, args.workers, args.dry_run, run_all, until)
         if args.suite and not args.dry_run and code < 2:
             report_on(jobs, Path(args.suite).stem, runs_dir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return mistake(error)
     return code
 

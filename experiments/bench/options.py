@@ -4,9 +4,9 @@ import argparse
 import functools
 import math
 import os
-import sys
 
-from experiments.algorithms import option_of, split_flags, whole
+from experiments.algorithms import option_of, split_flags
+from experiments.report.commands import Parser, at_least
 
 SET_HERE = {  # flags of the algorithms that the launcher sets, and how it is told what to
     "--env-id": "given before the --, as --env-ids",
@@ -18,46 +18,10 @@ SET_HERE = {  # flags of the algorithms that the launcher sets, and how it is to
 PATIENCE = 15.0  # seconds that a run has to stop in before it is killed
 
 
-def mistake(text: object) -> int:
-    """Say it in one line; returns the exit code."""
-    print("error:", " ".join(str(text).splitlines()), file=sys.stderr)
-    return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose mistakes are a line in the words of the algorithms."""
-
-    def error(self, message: str):
-        name, _, what = message.removeprefix("argument ").partition(": ")
-        what = what.replace("expected one argument", "must be followed by a value")
-        self.exit(mistake(f"{name} {what}" if ": must be" in what else f"{name}: {what}"))
-
-
-def at_least(low: int, read=whole):
-    """A reader of such numbers for argparse, which puts the option's name before what is wrong."""
-
-    def number(text: str):
-        try:
-            value = read(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
-            kind = "whole number" if read is whole else "number"
-            raise argparse.ArgumentTypeError(f"{text}: must be a {kind}, at least {low}")
-        return value
-
-    return number
-
-
 def command_line(about: str | None = None) -> Parser:
     """The launcher's options, all that stands before the --."""
-    parser = Parser(
-        prog="benchmark.sh",
-        usage="%(prog)s [options] [-- flags for the algorithms]",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s [options] [-- flags for the algorithms]"
+    parser = Parser(about, prog="benchmark.sh", usage=usage, allow_abbrev=False)
     split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))
     add, count, amount = parser.add_argument, at_least(1), at_least(0, float)
     add("--algos", type=split, help="files of algos/ (default: sac,sac_mve)")

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import hashlib
+import json
 import math
 import os
 import re
@@ -67,13 +69,21 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path != str(ROOT))}
 
 
+def lock_of(job: Job) -> Path:
+    """The file that whoever works at the job holds: one for all commands that mean the same run, however they
+    are written."""
+    wanted = {k: v for k, v in job.wanted.items() if k not in ("runs_dir", "resume", "device")}
+    same = json.dumps([job.algo, wanted], sort_keys=True, default=str)
+    return job.log.parent / f"{hashlib.sha256(same.encode()).hexdigest()[:16]}.lock"
+
+
 def run_alone(job: Job, stop=lambda: False, wait: bool = True, **options) -> int | None:
     """Carry out one job from its last checkpoint; its exit code. While somebody else works at it: after them,
     or, without `wait`, not at all: None.
 
     Waits are short, so that stop() and Ray, which interrupts between two of them, end the job soon.
     """
-    while (lock := take_lock(job.log.with_suffix(".lock"))) is None:
+    while (lock := take_lock(lock_of(job))) is None:
         if not wait:
             return None
         if stop():

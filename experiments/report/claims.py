@@ -12,15 +12,16 @@ do, and does not if one does not. `ours = true` says that no paper makes the cla
 it when data were there already. Extra `bench`.
 """
 
-import argparse
 import csv
 import dataclasses
+import json
 import math
 import re
 import sys
 from pathlib import Path
 
 from experiments.algorithms import ROOT
+from experiments.report.commands import Parser, mistake, needs
 from experiments.report.reading import bounds, method_of, number, read_curve
 
 try:
@@ -40,6 +41,14 @@ SUMMARY = re.compile(r"^\d+ claims: .*$", re.M)
 CLAIM = {"id", "paper", "source", "statement", "suite", "note", "figure", "cases", "ours", "looked"}
 CASE = {"about", "metric", "terms", "expect", "margin", "share", "level", "before"}
 CASE |= {"value", "replicate", "never", "than"}
+KINDS = {  # of metrics, and what each needs beside its terms
+    "area": set(),
+    "final": set(),
+    "steps": {"level", "never"},
+    "reaches": {"level", "before", "share"},
+    "table": {"value", "replicate"},
+}
+COLUMNS = {"": "return_mean", "return": "return_mean", "success": "success_rate"}
 LOOKED = {  # what a claim says of itself if it is not as it was before there were data
     "added": "added after looking at the data",
     "cases": "its cases chosen after a first look at the data",
@@ -62,32 +71,49 @@ class Finding:
 def read_claims(path: Path) -> tuple[dict[str, str], list[dict]]:
     """Papers {key: title} and claims. Raises ValueError for what is not known or missing."""
     try:
-        page = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        page = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # of the encoding, too
         raise ValueError(f"{path}: must be valid TOML: {error}") from None
-    for claim in page.get("claims", []):
+    papers, claims = page.get("papers"), page.get("claims")
+    if not isinstance(papers, dict) or not isinstance(claims, list):
+        raise ValueError(f"{path}: must have [papers] and [[claims]]")
+    for claim in claims:
         name = f"{path}: claim {claim.get('id', '?')}"
         if unknown := set(claim) - CLAIM:
             raise ValueError(f"{name}: {unknown.pop()}: must be one of {', '.join(sorted(CLAIM))}")
         if missing := {"id", "paper", "source", "statement"} - set(claim):
             raise ValueError(f"{name}: {missing.pop()}: must be given")
-        if claim["paper"] not in page.get("papers", {}):
-            raise ValueError(f"{name}: paper {claim['paper']}: must be one of {', '.join(page['papers'])}")
-        if (looked := claim.get("looked", "added")) not in LOOKED:
+        if claim["paper"] not in papers:
+            raise ValueError(f"{name}: paper {claim['paper']}: must be one of {', '.join(papers)}")
+        if (looked := claim.get("looked", "added")) not in list(LOOKED):
             raise ValueError(f"{name}: looked {looked}: must be one of {', '.join(LOOKED)}")
         for case in claim.get("cases", []):
-            if unknown := set(case) - CASE:
-                raise ValueError(f"{name}: {unknown.pop()}: must be one of {', '.join(sorted(CASE))}")
-            if not case.get("terms") or case.get("expect", "above") not in ("above", "below", "equal"):
-                raise ValueError(f"{name}: terms, expect: must be given, expect above, below or equal")
-            if (case.get("expect") == "equal") != ("margin" in case):
-                raise ValueError(f"{name}: margin: must be given with expect = equal, and only then")
-            needs = {"steps": {"level", "never"}, "reaches": {"level", "before", "share"}}
-            needs |= {"table": {"value", "replicate"}}
-            kind = case.get("metric", "area").split(" of ")[0]
-            if missing := needs.get(kind, set()) - set(case):
-                raise ValueError(f"{name}: {missing.pop()}: must be given with metric = {kind}")
-    return page["papers"], page["claims"]
+            check_case(case, name)
+    return papers, claims
+
+
+def check_case(case: dict, name: str) -> None:
+    """Raises ValueError, which begins with `name`, for what is unknown, missing or contradictory."""
+    if unknown := set(case) - CASE:
+        raise ValueError(f"{name}: {unknown.pop()}: must be one of {', '.join(sorted(CASE))}")
+    metric = case.get("metric", "area")
+    kind, _, column = metric.partition(" of ")
+    if kind not in KINDS or column not in COLUMNS:
+        raise ValueError(f"{name}: metric {metric}: must be one of {', '.join(KINDS)}, alone or of success")
+    if missing := KINDS[kind] - set(case):
+        raise ValueError(f"{name}: {missing.pop()}: must be given with metric = {kind}")
+    length = 3 if kind == "table" else 2
+    terms = case.get("terms")
+    if not (
+        terms and isinstance(terms, list) and all(isinstance(t, list) and len(t) == length for t in terms)
+    ):
+        raise ValueError(f"{name}: terms: must be given, each of {length} parts with metric = {kind}")
+    if (expect := case.get("expect", "above")) not in ("above", "below", "equal"):
+        raise ValueError(f"{name}: expect {expect}: must be above, below or equal")
+    if (expect == "equal") != ("margin" in case) or ("share" in case and expect == "equal"):
+        raise ValueError(f"{name}: margin: must be given with expect = equal, and only then, not of a share")
+    if "share" in case and len(terms) != 1:
+        raise ValueError(f"{name}: share: must be of one term, not of {len(terms)}")
 
 
 def curves_of(results: Path, folder: str) -> list:
@@ -123,7 +149,10 @@ def groups_of(results: Path, case: dict) -> list[tuple[float, list[float]]]:
         return [(term[0], [0.0] * len(found)) for term, found in zip(case["terms"], curves, strict=True)]
     end = min(curve.steps[-1] for found in curves for curve in found)
     kind, _, column = metric.partition(" of ")
-    column = {"": "return_mean", "return": "return_mean", "success": "success_rate"}[column]
+    column = COLUMNS[column]
+    for curve in (curve for found in curves for curve in found):
+        if column not in curve.values:
+            raise ValueError(f"{case['terms'][0][1]}, seed {curve.seed}: must have a column {column}")
     if kind == "steps":  # of the whole runs
         reach = lambda curve: min(curve.reaches(case["level"], column), case["never"])
         return [(t[0], [reach(c) for c in found]) for t, found in zip(case["terms"], curves, strict=True)]
@@ -162,7 +191,7 @@ def decide(results: Path, case: dict) -> Finding:
     expect = case.get("expect", "above")
     if "share" in case:
         ((_, values),) = groups
-        found = share_interval(int(sum(values)), len(values))
+        found = share_interval(sum(value == 1 for value in values), len(values))
         verdict = judge(*found[1:], expect, case["share"])
     else:
         found = contrast(groups)
@@ -203,12 +232,18 @@ def summary(claims: list[dict], verdicts: list[str]) -> str:
 
 
 def caution(claims: list[dict], judged: list[list[Finding]]) -> str:
-    """How many intervals there are, how many would miss by chance, how many claims are not as they were."""
-    intervals = sum(finding.verdict in (HOLDS, FAILS, OPEN) for findings in judged for finding in findings)
-    marked = sum("looked" in claim for claim in claims)
+    """How many intervals the verdicts rest on, how many would miss by chance, how many claims are not as they
+    were. Two claims may rest on one and the same interval."""
+    rested = [
+        json.dumps([case.get("metric"), case.get("value"), case["terms"]], sort_keys=True)
+        for claim, findings in zip(claims, judged, strict=True)
+        if overall(findings) in (HOLDS, FAILS, OPEN)
+        for case in claim["cases"]
+    ]
+    intervals, marked = len(set(rested)), sum("looked" in claim for claim in claims)
     chance = f"of which about {intervals / 20:.0f} are expected to miss the true value by chance"
     looked = "claims were added, split or given their cases after a look at the data; they say so"
-    return f"They rest on {intervals} intervals, {chance}. {marked} {looked}."
+    return f"The verdicts rest on {intervals} intervals, {chance}. {marked} {looked}."
 
 
 def page(papers: dict[str, str], claims: list[dict], results: Path) -> str:
@@ -243,9 +278,7 @@ def with_summary(readme: str, text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--claims", type=Path, default=ROOT / "docs" / "claims.toml")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "claims.md")
@@ -253,18 +286,18 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with both instead of writing them")
     args = parser.parse_args()
     try:
+        needs("scipy")
         text = page(*read_claims(args.claims), args.results)
-        readme = args.readme.read_text()
+        readme = args.readme.read_text(encoding="utf-8")
         wanted = {args.out: text, args.readme: with_summary(readme, text)}
         for path, content in wanted.items():
-            if args.check and not (path.exists() and path.read_text() == content):
+            if args.check and not (path.exists() and path.read_text(encoding="utf-8") == content):
                 print(f"{path} is not what the data say: python -m experiments.report.claims")
                 return 1
             if not args.check:
-                path.write_text(content)
+                path.write_text(content, encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(SUMMARY.search(text)[0])
     return 0
 

@@ -11,20 +11,20 @@ no seed left out. `scalars` collects what TensorBoard shows of complete runs in 
 settings, seed, step and the tags. Extra `bench`.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
+from experiments.report.commands import Parser, at_least, check_output, mistake
 from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save, seeds_of
 from experiments.report.reading import Curve, at_common_steps, in_order, parts_of, read_folder, settings_of
-from experiments.report.tables import make_folder, write_table
+from experiments.report.tables import write_table
 
 Methods = dict[str, list[Curve]]
 
 
 def read(folders: list[Path]) -> Methods:
-    """All curves in them. Raises ValueError where there is none, or one seed of a method in two."""
+    """All curves in them. Raises ValueError where there is none, or one seed of a method twice."""
     methods: Methods = {}
     for folder in folders:
         found = read_folder(folder)
@@ -33,8 +33,10 @@ def read(folders: list[Path]) -> Methods:
         for method in in_order(found):
             curves = found[method]
             seeds = {curve.seed for curve in methods.get(method, [])}
-            if twice := seeds & {curve.seed for curve in curves}:
-                raise ValueError(f"{folder}: {method}, seed {min(twice)}: must not be in two folders")
+            for curve in curves:  # of two folders, or of two tasks in one
+                if curve.seed in seeds:
+                    raise ValueError(f"{folder}: {method}, seed {curve.seed}: must be of one run alone")
+                seeds.add(curve.seed)
             methods.setdefault(method, []).extend(curves)
     return methods
 
@@ -133,9 +135,7 @@ def plot_scalars(rows: list[dict], tags: list[str], out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     lines = commands.add_parser("plot")
     lines.add_argument("folders", type=Path, nargs="+", metavar="folder")
@@ -145,17 +145,17 @@ def main() -> int:
     collect = commands.add_parser("scalars")
     collect.add_argument("runs", type=Path)
     collect.add_argument("--tags", type=lambda text: text.split(","), required=True, help="a,b,..")
-    collect.add_argument("--every", type=int, default=500, help="steps between rows (default: 500)")
+    collect.add_argument("--every", type=at_least(1), default=500, help="steps between rows (default: 500)")
     collect.add_argument("--csv", type=Path, required=True, help="table to write")
     collect.add_argument("--figure", type=Path, help="picture to write")
     args = parser.parse_args()
     if args.command == "scalars":
-        rows = scalars(args.runs, args.tags, args.every) if args.every > 0 else []
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
+        rows = scalars(args.runs, args.tags, args.every)
         if not rows:
             where = f"{args.runs}, --every {args.every}"
-            print(f"error: {where}: must have complete runs with {', '.join(args.tags)}", file=sys.stderr)
-            return 2
-        make_folder(args.csv)
+            return mistake(f"{where}: must have complete runs with {', '.join(args.tags)}")
         write_table(args.csv, rows[0], rows)
         if args.figure:
             plot_scalars(rows, args.tags, args.figure)
@@ -175,8 +175,7 @@ def guarded() -> int:
     try:
         return main()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
 
 
 if __name__ == "__main__":

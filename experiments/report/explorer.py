@@ -9,7 +9,6 @@ task at equal steps, the last that all of them have; curves and steps to a level
 Means and intervals are shown from three seeds on, below that single seeds alone. Extra `bench` or `docs`.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 from experiments.algorithms import ROOT
 from experiments.report import claims, reading
 from experiments.report.claims import ENOUGH, FAILS, FEW, HOLDS, OPEN, curves_of, judge
+from experiments.report.commands import Parser, mistake, needs
 from experiments.report.pictures import BAND_SEEDS, COLOURS
 from experiments.report.reading import RESULTS, at_common_steps, bounds, method_of, number
 from experiments.report.stats import contrast, mean_interval
@@ -267,7 +267,7 @@ def script(found: dict) -> str:
 
 def page(found: dict) -> str:
     """All in one file."""
-    read = lambda name: (STATIC / name).read_text()
+    read = lambda name: (STATIC / name).read_text(encoding="utf-8")
     parts = {
         "style": read("uplot/uPlot.min.css") + read("explorer.css"),
         "plot": read("uplot/uPlot.iife.min.js"),
@@ -276,21 +276,19 @@ def page(found: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="exported runs (default: docs/results)")
     parser.add_argument("--claims", type=Path, help="(default: docs/claims.toml for docs/results, else none)")
     parser.add_argument("--out", type=Path, default=Path("site/results.html"), help="page to write")
     args = parser.parse_args()
     try:
+        needs("scipy")
         claimed = args.claims or (CLAIMS if args.results.resolve() == RESULTS else None)
         text = page(explored(args.results, claimed))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+        args.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(f"{args.out}: {len(text.encode()) / 1e6:.2f} MB")
     return 0
 

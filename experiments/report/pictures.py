@@ -1,6 +1,5 @@
 """What all pictures share: colours, bands, legends beside the curves. Extra `bench`."""
 
-import importlib.util
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,12 +21,6 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     return plt
-
-
-def needs_matplotlib(out: Path | None) -> None:
-    """Raises ValueError if a picture is to be written and cannot be."""
-    if out and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--figure {out}: must be left out without matplotlib (extra bench)")
 
 
 def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -7,7 +7,6 @@ mean and spread stayed as they are: with three runs a guess, made before more of
 their number is fixed beforehand and does not depend on what they say. Extra `bench`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from experiments.algorithms import ROOT
 from experiments.report import claims
+from experiments.report.commands import Parser, mistake, needs
 from experiments.report.reading import RESULTS
 
 FEWEST, MOST = claims.ENOUGH, 12
@@ -38,7 +38,8 @@ def needed(results: Path, case: dict) -> int | None:
     for count in range(FEWEST, MOST + 1):
         if "share" in case:
             ((_, values),) = groups
-            low, high = share_interval(round(count * sum(values) / len(values)), count)[1:]
+            part = sum(value == 1 for value in values) / len(values)
+            low, high = share_interval(round(count * part), count)[1:]
         else:
             low, high = at(groups, count)
         if claims.judge(low, high, expect, zero, case.get("margin", 0.0)) != claims.OPEN:
@@ -47,13 +48,13 @@ def needed(results: Path, case: dict) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     parser.add_argument("--claims", type=Path, default=ROOT / "docs" / "claims.toml")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: docs/results)")
     args = parser.parse_args(argv)
     lines = ["| | suite | case | seeds | needed |", "|---|---|---|---|---|"]
     try:
+        needs("scipy")
         for claim in claims.read_claims(args.claims)[1]:
             for case in claim.get("cases", []):
                 finding = claims.decide(args.results, case)
@@ -65,8 +66,7 @@ def main(argv: list[str] | None = None) -> int:
                 cells = [claim["id"], suite, case.get("about", claim["statement"]), str(finding.seeds), text]
                 lines.append(f"| {' | '.join(cells)} |")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print("\n".join(lines))
     return 0
 

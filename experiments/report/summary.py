@@ -13,8 +13,6 @@ the first method) and performance profile of normalised final returns, intervals
 tasks without a line in normalisers.toml are left out. Writes report.md and pictures. Extra `bench`.
 """
 
-import argparse
-import importlib.util
 import math
 import re
 import sys
@@ -24,6 +22,7 @@ import numpy as np
 
 from experiments.algorithms import load
 from experiments.report import reading
+from experiments.report.commands import Parser, mistake, needs
 from experiments.report.pictures import BAND_SEEDS, BESIDE, clean, draw, looks_of, pyplot, save, seeds_of
 from experiments.report.reading import Curve, at_common_steps, bounds, grouped, in_order, spread, steps_to
 
@@ -232,12 +231,13 @@ def write_report(
         if found:
             page += [f"### Across tasks: {', '.join(tasks)}", "", score_table(found), ""]
             if pictures:
-                plot_profile(tasks, found, looks, out / f"{suite}_profile.png")
-                page += [f"![performance profile]({suite}_profile.png)", ""]
+                stem = re.sub(r"[^\w.-]+", "-", suite)
+                plot_profile(tasks, found, looks, out / f"{stem}_profile.png")
+                page += [f"![performance profile]({stem}_profile.png)", ""]
     if not groups:
         page += ["No complete run was found.", ""]
     text = "\n".join(page)
-    (out / "report.md").write_text(text)
+    (out / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -257,9 +257,7 @@ def random_return(env_id: str, episodes: int = 100) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     split = lambda text: [part for part in text.split(",") if part]
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     parser.add_argument("--results", type=Path, default=reading.RESULTS, help="of exported ones")
@@ -274,16 +272,14 @@ def main() -> int:
             for env_id in args.random:
                 try:
                     mean, error = random_return(env_id)
-                except ValueError as mistake:  # BadInput is one
-                    raise ValueError(str(mistake).replace("--env-id", "--random")) from None
+                except ValueError as found:  # BadInput is one
+                    raise ValueError(str(found).replace("--env-id", "--random")) from None
                 print(f"{env_id}: {mean:.1f} ± {error:.1f} (standard error)")
             return 0
-        if missing := [n for n in ("scipy", "matplotlib") if importlib.util.find_spec(n) is None]:
-            raise ValueError(f"{missing[0]}: must be installed: pip install -e '.[bench]'")
+        needs("scipy", "matplotlib")
         print(write_report(reading.read_all(args.runs, args.results, args.suites), args.out))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     return 0
 
 

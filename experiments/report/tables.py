@@ -8,7 +8,7 @@ from pathlib import Path
 def read_table(path: Path, fields: list[str], option: str = "--csv") -> list[dict]:
     """The rows, as text, of a table that is to grow; [] if there is none yet. Raises ValueError for one that
     has other columns."""
-    if not path.exists():
+    if not path.is_file():
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
@@ -18,16 +18,9 @@ def read_table(path: Path, fields: list[str], option: str = "--csv") -> list[dic
     return rows
 
 
-def make_folder(path: Path, option: str = "--csv") -> None:
-    """The folder that a file is to be written to. Raises ValueError if it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option} {path}: must be a file that can be written: {error}") from error
-
-
 def write_table(path: Path, fields: Iterable[str], rows: Iterable[dict]) -> None:
-    """All rows, in the place of the file that was there. Raises OSError."""
+    """All rows, in the place of the file that was there, in a new folder if there is none. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     special = path.exists() and not path.is_file()  # /dev/stdout, which nothing may replace
     place = path if special else path.with_suffix(".tmp")
     with open(place, "w", newline="") as file:

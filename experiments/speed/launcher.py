@@ -10,7 +10,6 @@ is given in seconds. Report: tables and pictures of --runs synthetic runs of 200
 ten tasks. Extra `bench`.
 """
 
-import argparse
 import contextlib
 import io
 import resource
@@ -25,6 +24,7 @@ import numpy as np
 
 from experiments.bench.jobs import plan
 from experiments.bench.work import execute
+from experiments.report.commands import Parser, mistake
 from experiments.report.reading import Curve
 
 
@@ -62,9 +62,7 @@ def report_seconds(count: int, folder: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--steps", type=int, default=2_000, help="of each run (default: 2000)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: 2)")
     parser.add_argument("--jobs", type=int, default=4, help="runs in a round (default: 4)")
@@ -72,8 +70,7 @@ def main() -> int:
     args = parser.parse_args()
     for name, least in (("steps", 257), ("rounds", 1), ("jobs", 1), ("runs", 1)):
         if getattr(args, name) < least:
-            print(f"error: --{name} {getattr(args, name)}: must be at least {least}", file=sys.stderr)
-            return 2
+            return mistake(f"--{name} {getattr(args, name)}: must be at least {least}")
     with tempfile.TemporaryDirectory() as folder:
         found = {1: [], 2: []}
         for k in range(args.rounds):

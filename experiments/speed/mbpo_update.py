@@ -9,7 +9,6 @@ forward and backward passes alone, on tensors of the same shapes. On a task with
 termination the step is that of its classifier too.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from experiments.algorithms import load
+from experiments.report.commands import Parser, mistake
 
 
 def filled(module, args, steps: int):
@@ -88,9 +88,7 @@ def measure(env_id: str, threads: int, rounds: int, repeats: int, extra: list[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--env-id", default="Hopper-v5", help="(default: Hopper-v5)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
@@ -99,16 +97,14 @@ def main() -> int:
     args = parser.parse_args()
     for name, value in (("rounds", args.rounds), ("repeats", args.repeats), ("threads", min(args.threads))):
         if value < 1:
-            print(f"error: --{name} {value}: must be at least 1", file=sys.stderr)
-            return 2
+            return mistake(f"--{name} {value}: must be at least 1")
     columns = ("sac.py", "mbpo.py", "ratio", "ensemble", "products", "share")
     print(f"{'threads':>8}" + "".join(f"{name:>10}" for name in columns))
     for threads in args.threads:
         try:
             base, ours, fit, floor = measure(args.env_id, threads, args.rounds, args.repeats, args.extra)
         except ValueError as error:  # BadInput is one
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return mistake(error)
         values = (base, ours, ours / base, fit, floor, floor / fit)
         print(f"{threads:>8}" + "".join(f"{value:>10.2f}" for value in values), flush=True)
     return 0

@@ -9,7 +9,6 @@ states, what an actor that looks ahead pays for each imagined step: x + m + 1 qu
 Medians of alternating rounds, milliseconds.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -19,6 +18,7 @@ import mujoco.rollout
 import numpy as np
 
 from experiments.algorithms import load
+from experiments.report.commands import Parser, mistake
 
 TASKS = (
     "InvertedPendulum InvertedDoublePendulum Reacher Pusher Swimmer HalfCheetah Hopper Walker2d Ant Humanoid"
@@ -61,9 +61,7 @@ def measure(env_id: str, batch: int, slopes: int, threads: int, rounds: int) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     every = ",".join(f"{name}-v5" for name in TASKS.split())
     parser.add_argument("--env-ids", default=every, help="comma-separated (default: all with formulas)")
     parser.add_argument("--batch", type=int, default=256)
@@ -73,19 +71,16 @@ def main() -> int:
     args = parser.parse_args()
     for name, value in (("batch", args.batch), ("rounds", args.rounds), ("threads", min(args.threads))):
         if value < 1:
-            print(f"error: --{name} {value}: must be at least 1", file=sys.stderr)
-            return 2
+            return mistake(f"--{name} {value}: must be at least 1")
     if not 1 <= args.slopes <= args.batch:
-        print(f"error: --slopes {args.slopes}: must be in [1, {args.batch}], the batch", file=sys.stderr)
-        return 2
+        return mistake(f"--slopes {args.slopes}: must be in [1, {args.batch}], the batch")
     print(f"{'task':>26} {'threads':>8} {'rollout':>9} {'query':>9} {'ratio':>7} {'slope':>9}")
     for env_id in args.env_ids.split(","):
         for threads in args.threads:
             try:
                 bare, query, slope = measure(env_id, args.batch, args.slopes, threads, args.rounds)
             except ValueError as error:  # BadInput is one
-                print(f"error: {error}", file=sys.stderr)
-                return 2
+                return mistake(error)
             times = f"{bare:>9.2f} {query:>9.2f} {query / bare:>7.2f} {slope:>9.2f}"
             print(f"{env_id:>26} {threads:>8} {times}", flush=True)
     return 0

@@ -38,10 +38,18 @@ from typing import NamedTuple
 
 from experiments.algorithms import ALGOS, ROOT, has_flag, load, split_flags
 from experiments.bench.work import mps_answers
+from experiments.report.commands import Parser, at_least, mistake
 
 WORKER = [sys.executable, "-m", "experiments.speed.steps"]
 PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}
-LEARNERS = {"ddpg": "DDPG", "td3": "TD3", "ddpg_mve": "DDPG", "mage": "TD3"}  # of a peer; else SAC
+LEARNERS = {
+    "ddpg": "DDPG",
+    "td3": "TD3",
+    "ddpg_mve": "DDPG",
+    "steve": "DDPG",
+    "mage": "TD3",
+}  # of a peer; else SAC
+COMPARED = ("sac", "ddpg", "td3")  # with their like in the libraries, unless asked otherwise
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 TOTAL = 1_000_000  # nobody gets there: who is measured is stopped
 
@@ -154,16 +162,17 @@ def side_by_side(commands: list[list], steps: int, seconds: float, patience: flo
                 words = [str(word) for word in command]
                 processes.append(subprocess.Popen(words, env=environment, stdout=out, stderr=error))
             stack.callback(stop, processes[-1])
-        heard, last = 0, time.monotonic()
+        heard, last = [0] * len(commands), [time.monotonic()] * len(commands)
         while True:
             time.sleep(0.1)
             for process, path in zip(processes, outputs, strict=True):
                 if process.poll() is not None:
                     raise RuntimeError(last_words(path.with_suffix(".err")) or f"exit {process.returncode}")
             points = [points_of(path) for path in outputs]
-            if (count := sum(map(len, points))) != heard:
-                heard, last = count, time.monotonic()
-            if time.monotonic() - last > patience:
+            for number, found in enumerate(points):
+                if len(found) != heard[number]:
+                    heard[number], last[number] = len(found), time.monotonic()
+            if time.monotonic() - min(last) > patience:
                 raise RuntimeError(f"no new point within {patience:.0f} s")
             if not all(points):
                 continue
@@ -337,24 +346,23 @@ def on_gpu(args, algo: str, peers: list[str]) -> bool:
 
 def parse() -> argparse.Namespace:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--algo", nargs="+", default=["sac"], choices=["all", *ALGOS], metavar="FILE",
                         help="files of algos/ to measure, or all (default: sac)")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: cpu)")
     parser.add_argument("--env-id", help="(default: HalfCheetah-v5; on a GPU the file's of ROWS)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU (default: 1 2)")
+    count, amount = at_least(1), at_least(0, float)
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2], help="on the CPU (default: 1 2)")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS),
                         help="beside them (default: those installed, beside sac, ddpg and td3)")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, help="on a GPU: so many at once, too")
-    parser.add_argument("--rounds", type=int, default=3, help="on the CPU (default: 3)")
+    parser.add_argument("--processes", type=count, default=1, help="on a GPU: so many at once, too")
+    parser.add_argument("--rounds", type=count, default=3, help="on the CPU (default: 3)")
     parser.add_argument(
-        "--steps", type=int, help="measured at least, after the warm-up (default: 2000; cuda: 1)"
+        "--steps", type=count, help="measured at least, after the warm-up (default: 2000; cuda: 1)"
     )
-    parser.add_argument("--seconds", type=float, help="measured at least (default: 0; cuda: 5)")
+    parser.add_argument("--seconds", type=amount, help="measured at least (default: 0; cuda: 5)")
     parser.add_argument(
-        "--warm-up", type=int, help="random steps before the first update (default: 500 or more)"
+        "--warm-up", type=count, help="random steps before the first update (default: 500 or more)"
     )
     parser.add_argument("--worker", choices=["ours", *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)
@@ -368,9 +376,6 @@ def check(args: argparse.Namespace) -> list[str]:
     cuda = args.device == "cuda"
     defaults = {"steps": 1 if cuda else 2000, "seconds": 5.0 if cuda else 0.0}
     vars(args).update((name, value) for name, value in defaults.items() if getattr(args, name) is None)
-    for name in ("processes", "rounds", "steps", "warm_up"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if args.processes > 1 and not cuda:
         raise ValueError(f"--processes {args.processes}: must be with --device cuda")
     if cuda:
@@ -380,21 +385,27 @@ def check(args: argparse.Namespace) -> list[str]:
             raise ValueError("--device cuda: must be cpu here: torch finds no CUDA device")
     every = [name for name in ALGOS if name in ROWS]
     chosen = every if "all" in args.algo else list(dict.fromkeys(args.algo))
-    if args.extra and not any(own_flags(algo, args.extra) for algo in chosen):
-        raise ValueError(f"{args.extra[0]}: must be a flag of at least one of {', '.join(chosen)}")
+    for flag, *_ in split_flags(args.extra):
+        if not any(has_flag(load(algo), flag) for algo in chosen):
+            raise ValueError(f"{flag}: must be a flag of at least one of {', '.join(chosen)}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not cuda and max(args.threads) > cores:
+        raise ValueError(f"--threads {max(args.threads)}: must be at most {cores}, the cores there are")
+    if cuda and "sbx" in (args.peers or []):
+        raise ValueError("--peers sbx: must be left out on a GPU: its JAX would have to be built for it")
     return chosen
 
 
-def installed_peers(wanted: list[str] | None, cuda: bool) -> list[str]:
-    """Of the libraries that are asked for, or of all, those that can be measured here."""
-    peers = list(PEERS) if wanted is None else wanted
-    peers = [
-        peer for peer in peers if not (cuda and peer == "sbx")
-    ]  # its JAX would have to be built for CUDA
+def installed_peers(wanted: list[str] | None, chosen: list[str], cuda: bool) -> list[str]:
+    """Of the libraries that are asked for, or of all if a file is measured that they have, those that are
+    there; says which are not."""
+    every = [peer for peer in PEERS if not (cuda and peer == "sbx")]
+    peers = (every if set(chosen) & set(COMPARED) else []) if wanted is None else wanted
     needed = {peer: (PEERS[peer], PEERS["sb3"]) for peer in peers}  # SBX is built on Stable-Baselines3
     found = [peer for peer, names in needed.items() if all(map(importlib.util.find_spec, names))]
-    for peer in set(peers) - set(found):
-        print(f"{peer} is not installed: skipped (pip install -e '.[bench]')")
+    for peer in peers:
+        if peer not in found:
+            print(f"{peer} is not installed: skipped (pip install -e '.[bench]')")
     return found
 
 
@@ -411,9 +422,8 @@ def main() -> int:
     try:
         chosen = check(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    installed = installed_peers(wanted, cuda)
+        return mistake(error)
+    installed = installed_peers(wanted, chosen, cuda)
     if cuda:
         import torch
 
@@ -422,7 +432,7 @@ def main() -> int:
         head = f"{'file':<13} {'task':<20} {'eager':>8} {'captured':>9} {'ratio':>6} {'least':>6}"
         print(head + "".join(f" {peer:>8}" for peer in installed), flush=True)
     began, measured = time.perf_counter(), on_gpu if cuda else on_cpu
-    well = [measured(args, a, installed if wanted or a in ("sac", "ddpg", "td3") else []) for a in chosen]
+    well = [measured(args, a, installed if wanted or a in COMPARED else []) for a in chosen]
     print(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
     return 0 if all(well) else 1
 

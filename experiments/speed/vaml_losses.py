@@ -7,7 +7,6 @@ What is found once per fit (slopes for vagram, V(s') for value-aware losses) is 
 cost in multiples of likelihood's.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ import time
 import torch
 
 from experiments.algorithms import load
+from experiments.report.commands import Parser, mistake
 from experiments.speed.mbpo_update import filled
 
 SHARES = {"mle": 1.0, "vaml": 0.0, "reg-vaml": 0.001, "vagram": 0.0}
@@ -48,9 +48,7 @@ def measure(env_id: str, threads: int, samples: int, rounds: int, repeats: int) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--env-id", default="Pusher-v5", help="(default: Pusher-v5)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--samples", type=int, nargs="+", default=[1], help="n of (8a) (default: 1)")
@@ -61,8 +59,7 @@ def main() -> int:
     numbers |= {"threads": min(args.threads), "samples": min(args.samples)}
     for name, value in numbers.items():
         if value < 1:
-            print(f"error: --{name} {value}: must be at least 1", file=sys.stderr)
-            return 2
+            return mistake(f"--{name} {value}: must be at least 1")
     names = list(SHARES)
     heads = [names[0], *(part for name in names[1:] for part in (name, "ratio"))]
     print(f"{'threads':>8}{'samples':>8}" + "".join(f"{head:>10}" for head in heads))
@@ -71,8 +68,7 @@ def main() -> int:
             try:
                 found = measure(args.env_id, threads, samples, args.rounds, args.repeats)
             except ValueError as error:  # BadInput is one
-                print(f"error: {error}", file=sys.stderr)
-                return 2
+                return mistake(error)
             base = found[names[0]]
             values = [base, *(x for name in names[1:] for x in (found[name], found[name] / base))]
             print(f"{threads:>8}{samples:>8}" + "".join(f"{x:>10.2f}" for x in values), flush=True)

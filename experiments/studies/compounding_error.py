@@ -26,8 +26,9 @@ from torch import Tensor, optim
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
-from experiments.report.tables import make_folder, read_table, write_table
+from experiments.report.commands import Parser, at_least, check_output, mistake, numbers
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, pyplot, save
+from experiments.report.tables import read_table, write_table
 
 SETTINGS = "transitions,updates,members,hidden,horizon".split(",")  # one table, one set of these
 FIELDS = [*SETTINGS, *"task,seed,loss_steps,k,error,median,unexplained".split(",")]
@@ -103,12 +104,13 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> tuple[list[dic
             if (task, seed) not in replays:
                 try:
                     replays = {(task, seed): record(module, task, args.transitions, seed)}
-                except gym.error.Error as error:
-                    raise ValueError(f"--tasks {task}: must be a task that can be made: {error}") from None
+                except Exception as error:  # of a task that is not ours anything may come
+                    why = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"--tasks {task}: must be a task that can be made: {why}") from None
             replay = replays[task, seed]
-            longest = max(args.horizon, steps)
-            if longest > replay.task.length:
-                raise ValueError(f"--horizon {longest}: must be at most {replay.task.length} on {task}")
+            for flag, value in (("horizon", args.horizon), ("loss-steps", steps)):
+                if value > replay.task.length:
+                    raise ValueError(f"--{flag} {value}: must be at most {replay.task.length} on {task}")
             held = module.held_out(replay.number[: replay.size]).nonzero().squeeze(1)
             if not len(held):
                 few = f"--transitions {args.transitions}: must fill two episodes or more of {task}"
@@ -183,46 +185,39 @@ def plot(table: list[dict], paths: dict[str, Tensor], out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
+    parser, count = Parser(__doc__), at_least(1)
     names = lambda text: [part for part in text.split(",") if part]
     parser.add_argument(
         "--tasks", type=names, default="TorqueBall-v0,HalfCheetah-v5", help="ids (default: %(default)s)"
     )
     parser.add_argument("--loss-steps", type=numbers, default="1,5", help="L (default: %(default)s)")
     parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="(default: %(default)s)")
-    parser.add_argument("--horizon", type=int, default=20, help="steps predicted (default: 20)")
-    parser.add_argument("--transitions", type=int, default=10_000, help="recorded (default: 10000)")
-    parser.add_argument("--updates", type=int, default=3000, help="gradient steps per fit (default: 3000)")
-    parser.add_argument("--members", type=int, default=5, help="of the ensemble (default: 5)")
-    parser.add_argument("--hidden", type=int, default=128, help="width of four layers (default: 128)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--horizon", type=count, default=20, help="steps predicted (default: 20)")
+    parser.add_argument("--transitions", type=count, default=10_000, help="recorded (default: 10000)")
+    parser.add_argument("--updates", type=count, default=3000, help="gradient steps per fit (default: 3000)")
+    parser.add_argument("--members", type=count, default=5, help="of the ensemble (default: 5)")
+    parser.add_argument("--hidden", type=count, default=128, help="width of four layers (default: 128)")
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table; continued if it exists")
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
 
     write = functools.partial(write_table, args.csv, FIELDS)
     try:
-        for name in ("horizon", "transitions", "updates", "members", "hidden", "threads"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         for name in ("tasks", "seeds", "loss_steps"):
             flag = name.replace("_", "-")
             if not getattr(args, name):
                 raise ValueError(f"--{flag}: must not be empty")
         if min(args.loss_steps) < 1:
             raise ValueError(f"--loss-steps {min(args.loss_steps)}: must be at least 1")
-        needs_matplotlib(args.figure)
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
         done = read_table(args.csv, FIELDS)
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
-        make_folder(args.csv)
         table, paths = measure(args, done, write)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(report(table))
     if args.figure:
         plot(table, paths, args.figure)

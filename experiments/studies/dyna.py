@@ -10,14 +10,13 @@ ends where the table does. As n grows, Dyna is value iteration on what was seen.
 `bench` for the figure.
 """
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from experiments.report.commands import Parser, at_least, check_output, mistake
 from experiments.studies import steve_toy as toy
 from experiments.studies.steve_toy import END, MEMBERS
 
@@ -79,20 +78,17 @@ def learn(method: str, steps: int, trials: int, every: int, seed: int) -> np.nda
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     for name, default in (("steps", 10_000), ("trials", 10), ("every", 100), ("seed", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+        parser.add_argument(f"--{name}", type=at_least(1), default=default, help="(default: %(default)s)")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table")
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
-    for name in ("steps", "trials", "every", "seed"):
-        if getattr(args, name) < 1:
-            print(f"error: --{name} {getattr(args, name)}: must be at least 1", file=sys.stderr)
-            return 2
-    for name, path in (("csv", args.csv), ("figure", args.figure)):  # asked before minutes of work
-        if path and (path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK))):
-            print(f"error: --{name} {path}: must be a file in a folder that can be written", file=sys.stderr)
-            return 2
+    try:
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
+    except ValueError as error:
+        return mistake(error)
     errors = {m: learn(m, args.steps, args.trials, args.every, args.seed) for m in METHODS}
     toy.write(errors, args.every, args.csv)
     print(toy.report(errors, args.every))

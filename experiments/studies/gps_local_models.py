@@ -27,7 +27,6 @@ mean, which may balance for 1 000 steps. Two minutes. Extra `bench` for the figu
 """
 
 import argparse
-import importlib.util
 import itertools
 import math
 import sys
@@ -39,6 +38,7 @@ import numpy as np
 from numpy import ndarray as Array
 from tqdm import tqdm
 
+from experiments.report.commands import Parser, check_output, mistake
 from experiments.report.pictures import COLOURS, clean, legend_below, pyplot, save
 from experiments.report.tables import write_table
 
@@ -371,15 +371,6 @@ def plot(table: list[dict], out: Path) -> None:
     save(figure, out)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str):
-        named = message.startswith("argument ")  # argparse's "argument --flag: "
-        print("error:", message.removeprefix("argument ").replace(": ", " ", named), file=sys.stderr)
-        sys.exit(2)
-
-
 def number(kind: type, low: float, high: float):
     """Converter to a number of this kind and range."""
 
@@ -402,7 +393,7 @@ def numbers(low: float, high: float):
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     shown, weight = "(default: %(default)s)", number(float, 0, 1e6)
     parser.add_argument("--lengths", type=numbers(1, 1e4), default="50,100", help=f"T {shown}")
     parser.add_argument("--rollouts", type=numbers(2, 1e4), default="5,20", help=f"N {shown}")
@@ -414,18 +405,11 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, required=True, help="file for the table")
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
-    if args.figure and importlib.util.find_spec("matplotlib") is None:
-        parser.error(f"--figure {args.figure}: must be left out without matplotlib (extra bench)")
-    if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--figure {args.figure}: must end in .png, .pdf or .svg")
-    for flag in ("figure", "csv"):
-        if path := getattr(args, flag):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if flag == "csv":
-                    path.touch()
-            except OSError as error:
-                parser.error(f"--{flag} {path}: must be a file that can be written: {error}")
+    try:
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
+    except ValueError as error:
+        return mistake(error)
     table: list[dict] = []
     cells = itertools.product(args.lengths, args.rollouts, PRIORS, args.seeds)
     for length, count, prior, seed in tqdm(list(cells), mininterval=1):

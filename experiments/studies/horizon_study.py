@@ -7,12 +7,11 @@ simulator, and along recorded steps, over horizons; and the actor's own objectiv
 
 `run` starts whatever is not finished yet and resumes what was cut off (as benchmark.sh does); flags after --
 go to every file. H = 0 is sac.py for all of them and runs once per seed. `plot` prints the area under each
-learning curve (the mean of its evaluations after step 0) with a 95 % interval over seeds (Student's t), the
+learning curve (the mean return over the steps) with a 95 % interval over seeds (Student's t), the
 differences that the claims R1 to R5 speak of, and draws one panel per method, one line per horizon: mean and
 standard deviation over seeds. Extra `bench`.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 from experiments.algorithms import has_flag, load, split_flags
 from experiments.bench.jobs import plan
 from experiments.bench.launch import carry_out
+from experiments.report.commands import Parser, mistake
 from experiments.report.pictures import (
     clean,
     draw,
@@ -64,8 +64,8 @@ def jobs_of(
 
 
 def read_areas(folder: Path, settings: str = "") -> tuple[dict, dict]:
-    """Curves and areas: {(method, horizon): {seed: Curve}} and {.. {seed: mean of the evaluations after step
-    0, up to the last that all have}}.
+    """Curves and areas: {(method, horizon): {seed: Curve}} and {.. {seed: mean return over the steps, up to
+    the last that all have}}, the area of claims and reports.
 
     `settings` are those beside the horizon, as in "gamma 0.95"; sac.py's runs need the same. Raises
     ValueError if there are no such runs, or one without an evaluation after step 0.
@@ -74,8 +74,8 @@ def read_areas(folder: Path, settings: str = "") -> tuple[dict, dict]:
     for name, found in read_folder(folder).items():
         runs = {curve.seed: curve for curve in found}
         method, _, rest = name.partition(", ")
-        if acts := re.fullmatch(r"horizon 0, actor_horizon (.*)", rest):
-            method, rest = "actor", f"horizon {acts[1]}"
+        if acts := re.fullmatch(r"horizon 0, (?:(.*), )?actor_horizon (\d+)(.*)", rest):
+            method, rest = "actor", f"horizon {acts[2]}{f', {acts[1]}' * bool(acts[1])}{acts[3]}"
         found = re.fullmatch(r"horizon (\d+)(?:, (.*))?", rest)
         horizon, rest = (int(found[1]), found[2] or "") if found else (0, rest)
         if method not in METHODS and method != "sac":
@@ -93,7 +93,7 @@ def read_areas(folder: Path, settings: str = "") -> tuple[dict, dict]:
         raise ValueError(f"{folder}: must hold <algorithm>/horizon-<H>/<seed>.csv{hint}")
     if (end := min(curve.steps[-1] for runs in curves.values() for curve in runs.values())) <= 0:
         raise ValueError(f"{folder}: every run must have an evaluation after step 0")
-    area = lambda c: float(c.values["return_mean"][(c.steps > 0) & (c.steps <= end)].mean())
+    area = lambda curve: curve.upto(end).area()
     return curves, {key: {seed: area(c) for seed, c in runs.items()} for key, runs in curves.items()}
 
 
@@ -226,9 +226,7 @@ def plot_areas(areas: dict, title: str, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
@@ -273,8 +271,7 @@ def main() -> int:
         if args.areas:
             plot_areas(areas, title, args.areas)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     return 0
 
 

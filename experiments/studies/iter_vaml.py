@@ -26,7 +26,6 @@ Extra `bench`.
 """
 
 import argparse
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.commands import Parser, at_least, check_output, mistake, numbers
+from experiments.report.pictures import COLOURS, clean, legend_below, pyplot, save
 from experiments.report.tables import write_table
 from experiments.studies import small_worlds as exact
 from experiments.studies.small_worlds import INF, Softmax, World, garnet, random_features
@@ -272,13 +272,10 @@ def plot(table: list[dict], out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
-    parser.add_argument("--worlds", type=int, default=10, help="of each kind (default: 10)")
-    parser.add_argument("--checks", type=int, default=300, help="worlds of theorem and tiny (default: 300)")
-    parser.add_argument("--steps", type=int, default=40, help="iterations K (default: 40)")
+    parser, count = Parser(__doc__), at_least(1)
+    parser.add_argument("--worlds", type=count, default=10, help="of each kind (default: 10)")
+    parser.add_argument("--checks", type=count, default=300, help="worlds of theorem and tiny (default: 300)")
+    parser.add_argument("--steps", type=count, default=40, help="iterations K (default: 40)")
     parser.add_argument(
         "--sizes", type=numbers, default="1,2,4,8,16,32,60", help="p on Garnet worlds (default: %(default)s)"
     )
@@ -286,25 +283,12 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
     try:
-        for name in ("worlds", "checks", "steps"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if not args.sizes or min(args.sizes) < 1 or max(args.sizes) > 60:
             raise ValueError("--sizes: must be numbers from 1 to 60")
-        needs_matplotlib(args.figure)
-        for name in ("csv", "figure"):
-            path = getattr(args, name)
-            try:
-                if path:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                writable = not path or (os.access(path.parent, os.W_OK) and not path.is_dir())
-            except OSError:
-                writable = False
-            if not writable:
-                raise ValueError(f"--{name} {path}: must be a file that can be written")
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     table = list(measure(args))
     short = lambda x: f"{round(x, 12):.8g}" if isinstance(x, float) else x
     write_table(args.csv, FIELDS, ({k: short(x) for k, x in row.items()} for row in table))

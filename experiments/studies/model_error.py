@@ -28,8 +28,9 @@ from torch import Tensor, optim
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
-from experiments.report.tables import make_folder, read_table, write_table
+from experiments.report.commands import Parser, at_least, check_output, mistake, numbers
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, pyplot, save
+from experiments.report.tables import read_table, write_table
 
 SETTINGS = "run,horizon,updates,recurrent_hidden,ensemble_hidden".split(",")  # one table, one set of these
 FIELDS = [*SETTINGS, *"model,episodes,seed,split,k,mse".split(",")]
@@ -49,16 +50,16 @@ def read_replay(run_dir: Path) -> tuple[list[Tensor], list[int]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         rows, episode = state["buffer"]["rows"], state["buffer"]["episode"]
-        critic = next(iter(state["agent"]["critic"][k] for k in state["agent"]["critic"] if "weight" in k))
+        n, m = map(int, state["sizes"])
     except Exception:  # missing or damaged files raise many types
         raise ValueError(f"{run_dir}: must be a finished run with a readable final.pt") from None
     if state["buffer"]["added"] > len(rows):
         raise ValueError(f"{run_dir}: must have kept all its transitions, not the last {len(rows)} only")
-    inputs, width = critic.shape[1], rows.shape[1]  # n + m, and 2 n + m + 2
-    obs_dim = width - 2 - inputs
-    keep = [*range(inputs), *range(inputs + 1, width - 1)]
+    if rows.shape[1] != 2 * n + m + 2:
+        raise ValueError(f"{run_dir}: must be a run whose replay holds single transitions")
+    keep = [*range(n + m), *range(n + m + 1, 2 * n + m + 1)]
     episodes = [rows[episode == number][:, keep] for number in episode.unique()]
-    return episodes, [obs_dim, inputs - obs_dim]
+    return episodes, [n, m]
 
 
 def windows(episodes: list[Tensor], sizes: list[int], horizon: int) -> Windows:
@@ -234,43 +235,39 @@ def plot(table: list[dict], title: str, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
+    parser, count = Parser(__doc__), at_least(1)
     parser.add_argument("run", type=Path, help="folder of a finished run of any file")
-    parser.add_argument("--horizon", type=int, default=5, help="steps predicted (default: 5)")
+    parser.add_argument("--horizon", type=count, default=5, help="steps predicted (default: 5)")
     parser.add_argument(
         "--episodes", type=numbers, default="2,5,10,20,40", help="sizes (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=numbers, default="1,2,3", help="(default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=3000, help="gradient steps per fit (default: 3000)")
-    parser.add_argument("--recurrent-hidden", type=int, default=256, help="width (default: 256, about 0.5 M)")
-    parser.add_argument("--ensemble-hidden", type=int, default=200, help="width (default: 200, about 0.5 M)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--updates", type=count, default=3000, help="gradient steps per fit (default: 3000)")
+    parser.add_argument(
+        "--recurrent-hidden", type=count, default=256, help="width (default: 256, about 0.5 M)"
+    )
+    parser.add_argument(
+        "--ensemble-hidden", type=count, default=200, help="width (default: 200, about 0.5 M)"
+    )
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table; continued if it exists")
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
 
     write = functools.partial(write_table, args.csv, FIELDS)
     try:
-        for name in ("horizon", "updates", "recurrent_hidden", "ensemble_hidden", "threads"):
-            if getattr(args, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(args, name)}: must be at least 1")
         for name in ("episodes", "seeds"):
             if not getattr(args, name):
                 raise ValueError(f"--{name}: must not be empty")
-        needs_matplotlib(args.figure)
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
         done = read_table(args.csv, FIELDS)
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
         read_replay(args.run)
-        make_folder(args.csv)
         table = measure(args.run, args, done, write)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(report(table))
     if args.figure:
         plot(table, f"{args.run.name.split('__')[0]}: {args.horizon}-step prediction", args.figure)

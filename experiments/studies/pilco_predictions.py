@@ -13,7 +13,6 @@ reward of at least 0.95 (of the cart-pole: the pole stands), or one more than th
 the extra `bench`.
 """
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 
 from experiments.algorithms import ROOT
-from experiments.report.pictures import clean, legend_below, needs_matplotlib, pyplot, save
-from experiments.report.tables import make_folder, read_table, write_table
+from experiments.report.commands import Parser, at_least, check_output, mistake
+from experiments.report.pictures import clean, legend_below, pyplot, save
+from experiments.report.tables import read_table, write_table
 
 FIELDS = ["env_id", "seed", "episode", "steps", "return", "cost", "last_reward", "success"]
 
@@ -98,7 +98,6 @@ def add(rows: list[dict], path: Path) -> None:
     run = [str(rows[0][name]) for name in FIELDS[:2]]
     found = read_table(path, FIELDS, "--trials")
     kept = [row for row in found if [row[name] for name in FIELDS[:2]] != run]
-    make_folder(path, "--trials")
     try:
         write_table(path, FIELDS, [*kept, *rows])
     except OSError as error:
@@ -127,11 +126,9 @@ def plot(real: np.ndarray, mean: np.ndarray, deviation: np.ndarray, names: list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run of algos/pilco.py")
-    parser.add_argument("--episodes", type=int, default=20, help="real ones")
+    parser.add_argument("--episodes", type=at_least(1), default=20, help="real ones")
     parser.add_argument(
         "--seed", type=int, default=1_000, help="of the first real one; the next has the next"
     )
@@ -142,8 +139,6 @@ def main() -> int:
     module = load_pilco()
     sys.path += [os.getcwd(), str(ROOT)]  # --env-id package.module:Name-v0 finds modules there
     try:
-        if args.episodes < 1:
-            raise ValueError(f"--episodes {args.episodes}: must be at least 1")
         agent, settings = module.load(args.run)
         if not agent.processes.count:
             raise ValueError(f"{args.run}: must be a run that has planned")
@@ -152,15 +147,13 @@ def main() -> int:
             raise ValueError(f"--names {args.names}: must be {agent.sizes[0]} names")
         if args.trials and not (args.run / "final.pt").exists():
             raise ValueError(f"{args.run}: must be a finished run, with its final.pt")
-        needs_matplotlib(args.figure)
-        if args.figure and not (args.figure.parent.is_dir() and os.access(args.figure.parent, os.W_OK)):
-            raise ValueError(f"--figure {args.figure}: must be a file in a folder that can be written")
+        check_output(args.trials, "--trials")
+        check_output(args.figure, "--figure")
         if args.trials:
             add(trials_of(module, args.run, agent, settings), args.trials)
         real = played(module, agent, settings, settings.horizon, args.episodes, args.seed)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     mean, deviation = predicted(agent, settings.horizon)
     inside = within(real[:, 1:, :-1], mean[1:, :-1], deviation[1:, :-1])
     print(f"within two deviations, {args.episodes} episodes of {settings.horizon} steps: ", end="")

@@ -15,14 +15,14 @@ T[h, m, l] is the sum of rewards over h imagined steps of rollout m plus Q_l whe
 The error is the mean over s of (s − mean_l Q_l(s))². Half a minute. Extra `bench` for the figure.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.commands import Parser, at_least, check_output, mistake
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, pyplot, save
 from experiments.report.tables import write_table
 
 METHODS = ("q", "q-ensemble", "mve-exact", "steve-exact", "mve-noisy", "steve-noisy")
@@ -130,32 +130,20 @@ def plot(errors: dict[str, np.ndarray], every: int, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=10_000, help="(default: 10000)")
-    parser.add_argument("--trials", type=int, default=10, help="side by side (default: 10)")
-    parser.add_argument("--horizon", type=int, default=5, help="imagined steps (default: 5)")
-    parser.add_argument("--every", type=int, default=100, help="steps between rows (default: 100)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: 1)")
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=at_least(1), default=10_000, help="(default: 10000)")
+    parser.add_argument("--trials", type=at_least(1), default=10, help="side by side (default: 10)")
+    parser.add_argument("--horizon", type=at_least(1), default=5, help="imagined steps (default: 5)")
+    parser.add_argument("--every", type=at_least(1), default=100, help="steps between rows (default: 100)")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="(default: 1)")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table")
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
     try:
-        for name in ("steps", "trials", "horizon", "every"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: must be at least 0")
-        needs_matplotlib(args.figure)
-        try:
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-            args.csv.touch()
-        except OSError as error:
-            raise ValueError(f"--csv {args.csv}: must be a file that can be written: {error}") from error
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     errors = {m: learn(m, args.steps, args.trials, args.horizon, args.every, args.seed) for m in METHODS}
     write(errors, args.every, args.csv)
     print(report(errors, args.every))

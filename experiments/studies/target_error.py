@@ -26,7 +26,7 @@ Without a learned model (sac_ove.py, --horizon 0) only the third line is there; 
 run's critic is from the returns of its own policy. --figure draws one run. Figures: the extra `bench`.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -38,13 +38,15 @@ import torch
 from torch import Tensor
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
+from experiments.report.commands import Parser, at_least, check_output, mistake
+from experiments.report.pictures import COLOURS, clean, legend_below, pyplot, save
+from experiments.report.reading import name_of
 from experiments.report.tables import write_table
 
-RUN = ["env_id", "algo", "horizon", "seed"]  # horizon: the run's own
+RUN = ["env_id", "algo", "settings", "seed"]
 FIELDS = RUN + "step,h,error_of,bias,bias_se,variance,mse,rms".split(",")
 FIELDS += "state_error,cosine,action_cosine,action_norm".split(",")
-WIDTHS = dict.fromkeys(FIELDS[1:], 11) | {"algo": 9, "horizon": 7, "seed": 4, "h": 3, "error_of": 19}
+WIDTHS = dict.fromkeys(FIELDS[1:], 11) | {"algo": 9, "settings": 10, "seed": 4, "h": 3, "error_of": 19}
 
 
 class Starts(NamedTuple):
@@ -161,7 +163,11 @@ def load_run(run_dir: Path):
         states[state["step"]] = state["agent"]
     if not states:
         raise ValueError(f"{run_dir}: must hold at least one checkpoint")
-    return module, module.Args(**saved | {"device": "cpu"}), dict(sorted(states.items()))
+    try:
+        args = module.Args(**saved | {"device": "cpu"})
+    except (TypeError, ValueError):
+        raise ValueError(f"{run_dir}: must be a run of this version of {algo}.py") from None
+    return module, args, dict(sorted(states.items()))
 
 
 def collect(agent, args, simulator, env, number: int, rng: np.random.Generator) -> Starts:
@@ -313,29 +319,57 @@ def compare(module, agent, learned, simulator, starts: Starts, horizon: int, rep
     return rows
 
 
-@torch.no_grad()
-def measure(run_dir: Path, horizon: int, number: int, repeats: int, threads: int) -> list[dict]:
-    """The whole table of a run: every checkpoint, every h. Raises ValueError for bad input."""
-    module, args, states = load_run(run_dir)
+class Run(NamedTuple):
+    """A run whose checkpoints can be measured."""
+
+    name: dict  # its first columns
+    module: object
+    args: object
+    states: dict  # of the agent, by step
+    env: object
+    simulator: object
+
+
+def open_run(folder: Path, threads: int) -> Run:
+    """Raises ValueError with one line for what cannot be measured."""
+    module, args, states = load_run(folder)
     oracle = load("sac_ove")
-    torch.set_num_threads(threads)
     try:
         env = oracle.make_env(args.env_id, args.env_kwargs)
         simulator = oracle.Simulator(args.env_id, env, threads, args.env_kwargs)
     except oracle.BadInput as error:
         raise ValueError(str(error).replace(" (--horizon 0 needs none)", "")) from error
-    dims, table = (env.observation_space.shape[0], env.action_space.shape[0]), []
-    run = {"env_id": args.env_id, "algo": module.ALGO, "horizon": args.horizon, "seed": args.seed}
-    for step, state in states.items():
+    name = {"env_id": args.env_id, "algo": module.ALGO, "seed": args.seed}
+    name |= {"settings": name_of(module.ALGO, dataclasses.asdict(args))}
+    run = Run(name, module, args, states, env, simulator)
+    try:
+        agent_of(run, next(iter(states.values())))
+    except (KeyError, RuntimeError, TypeError):
+        raise ValueError(f"{folder}: must be a run of this version of {module.ALGO}.py") from None
+    return run
+
+
+def agent_of(run: Run, state: dict):
+    """The agent of a checkpoint."""
+    sizes = run.env.observation_space.shape[0], run.env.action_space.shape[0]
+    agent = run.module.Agent(run.args, *sizes, torch.device("cpu"))
+    agent.load_state_dict(state)
+    return agent
+
+
+@torch.no_grad()
+def measure(run: Run, horizon: int, number: int, repeats: int) -> list[dict]:
+    """The whole table of a run: every checkpoint, every h."""
+    module, args, table = run.module, run.args, []
+    for step, state in run.states.items():
         torch.manual_seed(args.seed)
-        agent = module.Agent(args, *dims, torch.device("cpu"))
-        agent.load_state_dict(state)
+        agent = agent_of(run, state)
         has_model = MODELS[module.ALGO] is not None and args.horizon > 0
         learned = MODELS[module.ALGO](agent) if has_model else None
-        starts = collect(agent, args, simulator, env, number, np.random.default_rng(args.seed))
-        rows = compare(module, agent, learned, simulator, starts, horizon, repeats, args.gamma)
-        table += [run | {"step": step} | row for row in rows]
-        print(f"{run_dir.name}, step {step}: {len(rows)} rows", file=sys.stderr)
+        starts = collect(agent, args, run.simulator, run.env, number, np.random.default_rng(args.seed))
+        rows = compare(module, agent, learned, run.simulator, starts, horizon, repeats, args.gamma)
+        table += [run.name | {"step": step} | row for row in rows]
+        print(" ".join(map(str, [*run.name.values(), "step", step])), file=sys.stderr)
     return table
 
 
@@ -365,7 +399,7 @@ def plot(table: list[dict], title: str, out: Path) -> None:
     size = {"figsize": (3.3 * columns, 0.3 + 2.7 * shape[0]), "layout": "constrained", "squeeze": False}
     figure, panels = pyplot().subplots(*shape, **size)
     of_model = ("state_error", "cosine", "action_cosine")  # beside the simulator
-    for (name, text), axes in zip(names.items(), panels.flat, strict=True):
+    for (name, text), axes in zip(names.items(), panels.flat, strict=False):
         for kind, colour in zip(kinds, COLOURS, strict=False):
             rows = [row for row in table if row["step"] == last and row["error_of"] == kind]
             h, values = (np.array([row.get(column, math.nan) for row in rows]) for column in ("h", name))
@@ -387,50 +421,41 @@ def plot(table: list[dict], title: str, out: Path) -> None:
             axes.set_yscale("log")
         elif "cosine" in name:
             axes.set_ylim(-1.05, 1.05)
+    for axes in panels.flat[len(names) :]:
+        axes.remove()
     legend_below(figure, 3)
     figure.suptitle(f"{title}, checkpoint of step {last}", fontsize=11)
     save(figure, out)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of sac_mve.py, sac_svg_h.py, sac_ove.py")
-    parser.add_argument("--horizon", type=int, default=10, help="largest h (default: 10)")
-    parser.add_argument("--starts", type=int, default=512, help="transitions per checkpoint (default: 512)")
-    parser.add_argument("--returns", type=int, default=4, help="Monte-Carlo returns for each (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    count, more = at_least(1), at_least(2)
+    parser.add_argument("--horizon", type=at_least(0), default=10, help="largest h (default: 10)")
+    parser.add_argument("--starts", type=more, default=512, help="transitions per checkpoint (default: 512)")
+    parser.add_argument("--returns", type=more, default=4, help="Monte-Carlo returns for each (default: 4)")
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--csv", type=Path, help="file for the table")
     parser.add_argument("--figure", type=Path, help="picture of the last checkpoint of one run")
     args = parser.parse_args()
     try:
-        for name, least in (("horizon", 0), ("starts", 2), ("returns", 2), ("threads", 1)):
-            value = getattr(args, name)
-            if value < least:
-                raise ValueError(f"--{name} {value}: must be at least {least}")
         if args.figure and len(args.runs) > 1:
             raise ValueError(f"--figure {args.figure}: must be of one run, not of {len(args.runs)}")
-        for run in args.runs:
-            load_run(run)  # a mistake in the last is seen before the first is measured
-        for name in ("csv", "figure"):
-            if path := getattr(args, name):
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    open(path, "ab").close()
-                except OSError as error:
-                    raise ValueError(
-                        f"--{name} {path}: must be a file that can be written: {error}"
-                    ) from error
-        needs_matplotlib(args.figure)
-        settings = args.horizon, args.starts, args.returns, args.threads
-        table = [row for run in args.runs for row in measure(run, *settings)]
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
+        torch.set_num_threads(args.threads)
+        runs, table = [open_run(folder, args.threads) for folder in args.runs], []
+        for number, run in enumerate(runs):
+            if run.name in [other.name for other in runs[:number]]:
+                raise ValueError(f"{args.runs[number]}: must not be there twice, nor another run like it")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
+    for run in runs:
+        table += measure(run, args.horizon, args.starts, args.returns)
+        if args.csv:
+            write_table(args.csv, FIELDS, table)
     print(show(table))
-    if args.csv:
-        write_table(args.csv, FIELDS, table)
     if args.figure:
         plot(table, table[0]["env_id"], args.figure)
     return 0

@@ -32,8 +32,9 @@ from torch import Tensor, nn, optim
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, legend_below, needs_matplotlib, pyplot, save
-from experiments.report.tables import make_folder, read_table, write_table
+from experiments.report.commands import Parser, at_least, check_output, mistake, numbers
+from experiments.report.pictures import COLOURS, clean, legend_below, pyplot, save
+from experiments.report.tables import read_table, write_table
 
 SETTINGS = "transitions,epochs,samples,worlds".split(",")  # one table, one set of these
 FIELDS = [*SETTINGS, *"width,realizable,c,seed,value_error,value_error_1,relative,relative_1".split(",")]
@@ -259,6 +260,11 @@ def column(table: list[dict], realizable: str, width: int, c: str, name: str) ->
                      if (r["realizable"], int(r["width"]), r["c"]) == (realizable, width, c)])  # fmt: skip
 
 
+def deviation(values: np.ndarray) -> float:
+    """Over seeds, of which one has none."""
+    return values.std(ddof=1) if len(values) > 1 else 0.0
+
+
 def report(table: list[dict]) -> str:
     """Means over seeds as Markdown: value-aware error as a multiple of that of the world's mean, with the
     deviation; the other columns are means over widths."""
@@ -271,7 +277,7 @@ def report(table: list[dict]) -> str:
             found = [column(table, realizable, w, c, "relative") for w in widths]
             if not all(len(x) for x in found):
                 continue
-            cells = " | ".join(f"{x.mean():.3f} ± {x.std():.3f}" for x in found)
+            cells = " | ".join(f"{x.mean():.3f} ± {deviation(x):.3f}" for x in found)
             rest = (np.concatenate([column(table, realizable, w, c, n) for w in widths]).mean()
                     for n in ("std", "nll", "relative_1"))  # fmt: skip
             lines.append(f"| {realizable} | {c} | {cells} | " + " | ".join(f"{x:.3g}" for x in rest) + " |")
@@ -292,8 +298,8 @@ def plot(table: list[dict], out: Path) -> None:
             found = [column(table, realizable, w, c, name) for w in widths]
             x = np.arange(len(widths)) + 0.08 * (i - 1.5)
             style = {"color": "black" if c == "truth" else COLOURS[i], "marker": "o", "ms": 4, "lw": 1}
-            mean, deviation = ([getattr(f, part)() for f in found] for part in ("mean", "std"))
-            axes.errorbar(x, mean, deviation, capsize=2, label=LABELS[c], **style)
+            mean, spread = [f.mean() for f in found], [deviation(f) for f in found]
+            axes.errorbar(x, mean, spread, capsize=2, label=LABELS[c], **style)
         axes.set(title=title, xlabel="hidden units")
         axes.set_xticks(range(len(widths)), [str(w) for w in widths])
         if name == "std":
@@ -307,39 +313,32 @@ def plot(table: list[dict], out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
+    parser = Parser(__doc__)
     parser.add_argument("--widths", type=numbers, default="16,32,64,128,256", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="worlds (default: %(default)s)")
     parser.add_argument("--transitions", type=int, default=50_000, help="for training (default: 50000)")
-    parser.add_argument("--epochs", type=int, default=200, help="at most (default: 200)")
-    parser.add_argument("--samples", type=int, default=8, help="n of the loss (default: 8)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--epochs", type=at_least(1), default=200, help="at most (default: 200)")
+    parser.add_argument("--samples", type=at_least(1), default=8, help="n of the loss (default: 8)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads (default: 2)")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table; continued if it exists")
     parser.add_argument("--figure", type=Path, help="picture")
     args = parser.parse_args()
 
     write = functools.partial(write_table, args.csv, FIELDS)
     try:
-        for name in ("epochs", "samples", "threads"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if args.transitions < 5:
             raise ValueError(f"--transitions {args.transitions}: must be at least 5, a fifth is held out")
         for name in ("widths", "seeds"):
             if not getattr(args, name) or min(getattr(args, name)) < 1:
                 raise ValueError(f"--{name}: must be numbers of at least 1")
-        needs_matplotlib(args.figure)
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
         done = read_table(args.csv, FIELDS)
-        make_folder(args.csv)
         torch.set_num_threads(args.threads)
         torch.set_flush_denormal(True)
         table = measure(args, done, write)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(report(table))
     if args.figure:
         plot(table, args.figure)

@@ -25,8 +25,9 @@ import torch
 from tqdm import tqdm
 
 from experiments.algorithms import load
-from experiments.report.pictures import COLOURS, clean, draw, legend_below, needs_matplotlib, pyplot, save
-from experiments.report.tables import make_folder, read_table, write_table
+from experiments.report.commands import Parser, at_least, check_output, mistake, numbers
+from experiments.report.pictures import COLOURS, clean, draw, legend_below, pyplot, save
+from experiments.report.tables import read_table, write_table
 
 SETTINGS = "env_id,every,steps,fit_steps,samples,hidden,learning_starts,batch_size".split(
     ","
@@ -42,6 +43,10 @@ def learn(sac, env_id: str, seed: int, args: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / "run.txt"
     run_dir = Path(marker.read_text()) if marker.exists() else None
+    for path in sorted(folder.glob("*.pt")):  # before anything goes on from them
+        saved, same = torch.load(path, weights_only=True)["args"], ("hidden", "batch_size", "learning_starts")
+        if any(saved[name] != getattr(args, name) for name in same):
+            raise ValueError(f"--runs-dir {args.runs_dir}: must not hold snapshots of other settings: {path}")
     for step in range(args.every, args.steps + 1, args.every):
         snapshot = folder / f"{step}.pt"
         if snapshot.exists():
@@ -62,7 +67,7 @@ def learn(sac, env_id: str, seed: int, args: argparse.Namespace) -> Path:
         else:
             flags += ["--resume", str(run_dir)]
         run_dir = sac.train(sac.parse(flags))
-        marker.write_text(str(run_dir))
+        marker.write_text(str(run_dir.resolve()))
         state = torch.load(run_dir / "final.pt", weights_only=True)
         torch.save({"agent": state["agent"], "args": state["args"]}, snapshot.with_suffix(".tmp"))
         snapshot.with_suffix(".tmp").rename(snapshot)
@@ -121,15 +126,6 @@ def measure(args: argparse.Namespace, done: list[dict], write) -> list[dict]:
         for step, c in tqdm(jobs, desc=f"fits, seed {seed}"):
             folder = args.runs_dir / "snapshots" / f"{args.env_id.replace(':', '-').replace('/', '-')}-{seed}"
             snapshot = torch.load(folder / f"{step}.pt", weights_only=True)
-            other = {
-                n
-                for n in ("hidden", "batch_size", "learning_starts")
-                if snapshot["args"][n] != getattr(args, n)
-            }
-            if other:
-                raise ValueError(
-                    f"--runs-dir {args.runs_dir}: must not hold snapshots of other settings: {folder}"
-                )
             agent = snapshot["agent"]
             inputs = agent["critic"]["layers.0.weight"].shape[1]
             obs_dim = rows.shape[1] - 2 - inputs
@@ -185,22 +181,21 @@ def plot(table: list[dict], out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    numbers = lambda text: sorted({int(part) for part in text.split(",") if part})
+    parser, count = Parser(__doc__), at_least(1)
     parser.add_argument("--env-id", default="Hopper-v5", help="(default: Hopper-v5)")
     parser.add_argument("--seeds", type=numbers, default="1,2", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200_000, help="of SAC (default: 200000)")
-    parser.add_argument("--every", type=int, default=20_000, help="steps between snapshots (default: 20000)")
-    parser.add_argument("--learning-starts", type=int, default=5_000, help="of SAC (default: 5000)")
-    parser.add_argument("--batch-size", type=int, default=256, help="of SAC (default: 256)")
-    parser.add_argument("--hidden", type=int, default=256, help="units of SAC (default: 256)")
-    parser.add_argument("--samples", type=int, default=2, help="n of (8a) (default: 2)")
+    parser.add_argument("--steps", type=count, default=200_000, help="of SAC (default: 200000)")
     parser.add_argument(
-        "--fit-steps", type=int, default=10_000, help="gradient steps of a fit at most (default: 10000)"
+        "--every", type=count, default=20_000, help="steps between snapshots (default: 20000)"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--learning-starts", type=count, default=5_000, help="of SAC (default: 5000)")
+    parser.add_argument("--batch-size", type=count, default=256, help="of SAC (default: 256)")
+    parser.add_argument("--hidden", type=count, default=256, help="units of SAC (default: 256)")
+    parser.add_argument("--samples", type=count, default=2, help="n of (8a) (default: 2)")
+    parser.add_argument(
+        "--fit-steps", type=count, default=10_000, help="gradient steps of a fit at most (default: 10000)"
+    )
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="(default: runs)")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table; continued if it exists")
     parser.add_argument("--figure", type=Path, help="picture")
@@ -208,17 +203,13 @@ def main() -> int:
 
     write = functools.partial(write_table, args.csv, FIELDS)
     try:
-        for name in ("steps", "every", "samples", "fit_steps", "threads", "hidden"):
-            if getattr(args, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(args, name)}: must be at least 1")
         if args.every > args.steps:
             raise ValueError(f"--every {args.every}: must be at most --steps {args.steps}")
         if not args.seeds:
             raise ValueError("--seeds: must not be empty")
-        needs_matplotlib(args.figure)
+        check_output(args.csv, "--csv")
+        check_output(args.figure, "--figure")
         done = read_table(args.csv, FIELDS)
-        make_folder(args.csv)
         try:
             args.runs_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -227,8 +218,7 @@ def main() -> int:
         torch.set_flush_denormal(True)
         table = measure(args, done, write)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     print(report(table))
     if args.figure:
         plot(table, args.figure)

@@ -474,11 +474,11 @@ def test_action_is_the_squashed_mean_and_no_noise_is_added():
         assert agent.act(obs).item() == agent.act(obs, True).item() == pytest.approx(expected, abs=1e-6)
 
 
-def played(agent, episodes: list[int]):
-    """A replay whose k-th row goes from k/10 to (k + 1)/10 in the given episode."""
+def played(agent, episodes: list[int], ends: tuple = ()):
+    """A replay whose k-th row goes from k/10 to (k + 1)/10 in the given episode; k in ends: terminal."""
     buffer = pilco.ReplayBuffer(100, 1, 1, torch.device("cpu"))
     for k, episode in enumerate(episodes):
-        buffer.add([k / 10], [0.5], 0.0, [(k + 1) / 10], False, episode)
+        buffer.add([k / 10], [0.5], 0.0, [(k + 1) / 10], k in ends, episode)
     return buffer
 
 
@@ -507,13 +507,14 @@ def test_processes_learn_the_change_of_the_state():
     close(torch.stack([means[0, 0], covs[0, 0, 0]]), [0, 1], 0)
 
 
-def test_recorded_cost_counts_steps_after_the_end_as_lost():
+def test_recorded_cost_counts_steps_after_a_terminal_state_as_lost():
+    """And not those after a time limit, which were not seen."""
     agent = agent_of(*LINE)
-    buffer = played(agent, [0, 0, 1, 1, 2])
     cost = lambda s: 1 - math.exp(-0.5 * s**2)
-    assert agent.recorded_cost(buffer, torch.tensor(1)).item() == pytest.approx(
-        cost(0.3) + cost(0.4) + 2, abs=1e-6
-    )
+    for ends, lost in (((), 0), ((3,), 2)):
+        buffer = played(agent, [0, 0, 1, 1, 2], ends)
+        found = agent.recorded_cost(buffer, torch.tensor(1)).item()
+        assert found == pytest.approx(cost(0.3) + cost(0.4) + lost, abs=1e-6)
     full = played(agent, [0] * 7 + [1])
     expected = sum(cost(k / 10) for k in (1, 2, 3, 4))  # the first H
     assert agent.recorded_cost(full, torch.tensor(0)).item() == pytest.approx(expected, abs=1e-6)

@@ -713,6 +713,10 @@ def test_schedules_by_task(flags, expected):
         (("--no-actor-expansion",), "--horizon 2"),
         (("--expansion-starts", 300), "--expansion-starts 300"),
         (("--expansion-starts", 300, "--critic-expansion", "tdk"), "--expansion-starts 300"),
+        (
+            ("--horizon", 0, "--critic-expansion", "tdk"),
+            "--critic-expansion tdk: must be none with --horizon 0",
+        ),
         (("--entropy-decay", 2), "--entropy-decay 2.0"),
         (("--preset", "best"), "preset"),
         (("--gru-layers", 0), "--gru-layers 0"),

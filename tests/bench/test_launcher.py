@@ -419,7 +419,7 @@ def test_a_run_held_elsewhere_is_passed_over(tmp_path, monkeypatch):
     for job in planned:
         job.command = [sys.executable, "-c", "pass"]
     monkeypatch.setattr(work, "settle", lambda job, code, seconds: done.append((job.name, code)))
-    lock = work.take_lock(planned[0].log.with_suffix(".lock"))
+    lock = work.take_lock(work.lock_of(planned[0]))
     thread = threading.Thread(target=work.execute, args=(planned, 1))
     thread.start()
     for _ in range(300):
@@ -560,7 +560,7 @@ def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
     flags += ["--runs-dir", tmp_path / "runs", "--", *EXTRA]
     (tmp_path / "runs" / "logs").mkdir(parents=True)
     (job,) = jobs.plan(["sac"], ["tests.tasks:Cliff-v0"], ["1"], str(tmp_path / "runs"), 1, EXTRA)
-    with open(job.log.with_suffix(".lock"), "w") as lock:
+    with open(work.lock_of(job), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process, caught = start(*flags), 0
         while not caught >> signal.SIGTERM - 1 & 1:  # until it is about to run them
@@ -573,6 +573,15 @@ def test_who_waits_for_another_launcher_can_be_stopped(tmp_path):
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)
     assert process.returncode == 143 and folders(tmp_path / "runs") == []
+
+
+def test_one_run_has_one_lock_however_it_is_written(tmp_path):
+    """2_000 and 2e3 steps, a default that is spelt out, flags in another order: one run; another seed."""
+    words = (["--total-timesteps", "2_000", "--gamma", "0.9"], ["--gamma", ".9", "--total-timesteps", "2e3"])
+    words += ([*words[0], "--tau", "0.005"],)
+    plans = [jobs.plan(["sac"], ["Pendulum-v1"], ["1", "2"], str(tmp_path), 1, flags) for flags in words]
+    locks = [[work.lock_of(job) for job in plan] for plan in plans]
+    assert locks[0] == locks[1] == locks[2] and locks[0][0] != locks[0][1]
 
 
 def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):

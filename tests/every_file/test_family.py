@@ -334,3 +334,60 @@ def test_every_number_changes_what_is_learned(name, tmp_path):
         part = "actor" if "actor" in base else "model"
         pairs = zip(base[part].values(), other[part].values(), strict=True)
         assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs), flag
+
+
+NOT_LEARNED = {  # what a run leaves behind, where, and how fast it is; presets are other numbers
+    *"env-id env-kwargs total-timesteps eval-every eval-episodes log-every checkpoint-every".split(),
+    *"runs-dir resume device cuda-graphs num-threads capture-video diagnose-every preset".split(),
+}
+BY_PAIRS = {"entropy-decay", "actor-batch", "centres", "td-lambda"}  # of NUMBERS, beside what needs them
+BY_PAIRS |= {"policy-episodes"}  # of poplin.py: how often the policy alone is judged
+TASK_OF = {  # where there are formulas that --rewards, --outcomes and --termination-rule are to leave
+    "ddpg_mve": "experiments.tasks:mve/HalfCheetah-v0",
+    "sac_vaml": "InvertedPendulum-v5",
+    **dict.fromkeys(("maac", "mbpo", "me_trpo", "pets", "poplin"), "InvertedPendulum-v5"),
+}
+SWITCH_NEEDS = {  # a plan in which something ends; returns whose spread exceeds 1
+    ("poplin", "termination-rule"): ("--horizon", 20),
+    ("dreamer", "normalize-returns"): ("--env-id", "Pendulum-v1", "--learn-every", 1, "--model-lr", 0.03),
+}
+
+
+def switches(name: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(field, flags) of every boolean and choice that NUMBERS do not try, away from its default."""
+    tried = {re.sub("^--(no-)?", "", flag[0]) for flag in NUMBERS + SHARED}
+    kinds = {field.name.replace("_", "-"): field for field in dataclasses.fields(load(name).Args)}
+    found = []
+    for flags in choices(name):
+        field = flags[0].removeprefix("--")
+        field = field if field in kinds else field.removeprefix("no-")
+        default = kinds[field].default
+        if field not in tried | NOT_LEARNED and (default is True or default is False or flags[1] != default):
+            found.append((field, flags))
+    return found
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_every_setting_is_tried(name):
+    tried = {re.sub("^--(no-)?", "", flag[0]) for flag in NUMBERS + SHARED}
+    every = {field.name.replace("_", "-") for field in dataclasses.fields(load(name).Args)}
+    assert every <= tried | NOT_LEARNED | BY_PAIRS | {field for field, _ in switches(name)}
+
+
+@long
+@pytest.mark.parametrize("name", [name for name in STEPWISE if switches(name)])
+def test_every_switch_changes_what_is_learned(name, tmp_path):
+    """No choice that does nothing: each gives other weights than the default."""
+    short = ["--total-timesteps", 125, "--eval-every", 125, "--eval-episodes", 1, "--log-every", 125]
+    short += ["--env-id", TASK_OF[name]] if name in TASK_OF else []
+    short += ["--diagnose-every", 125] if hasattr(load(name).Args, "diagnose_every") else []
+    weights = lambda folder: torch.load(folder / "final.pt", weights_only=True)["agent"]
+    bases: dict[tuple, dict] = {}
+    for field, flags in switches(name):
+        more = SWITCH_NEEDS.get((name, field), ())
+        if more not in bases:
+            bases[more] = weights(run(name, tmp_path / "base", *short, *more))
+        base, other = bases[more], weights(run(name, tmp_path / "other", *short, *more, *flags))
+        part = "actor" if "actor" in base else "model"
+        pairs = zip(base[part].values(), other[part].values(), strict=True)
+        assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs), flags

@@ -1,5 +1,7 @@
 """curves.py: figures and tables of exported runs, scalars of TensorBoard as a table."""
 
+import shutil
+
 from experiments.bench import export
 from tests.conftest import long, rows_of, run, scalars, tool
 
@@ -31,7 +33,11 @@ def test_curves_of_several_folders_and_steps_to_a_level(tmp_path):
     assert lines[5:] == ["| steps to 5 | seed 3 | seeds there |", "|---|---|---|", "| sac | 100 | 1 of 1 |",
                          "| td3, tau 1 | – | 0 of 1 |"]  # fmt: skip
     done = tool("report.curves", "plot", folders[0], tmp_path / "a")
-    assert done.returncode == 2 and done.stderr.endswith("sac, seed 3: must not be in two folders\n")
+    assert done.returncode == 2 and done.stderr.endswith("sac, seed 3: must be of one run alone\n")
+    (tmp_path / "a" / "U-v0").mkdir()
+    shutil.copytree(folders[0] / "sac", tmp_path / "a" / "U-v0" / "sac")  # of another task, in one folder
+    done = tool("report.curves", "plot", tmp_path / "a")
+    assert done.returncode == 2 and done.stderr.endswith("sac, seed 3: must be of one run alone\n")
     done = tool("report.curves", "plot", folders[0], tmp_path / "none")
     assert (done.returncode, done.stderr) == (
         2,

@@ -370,10 +370,13 @@ def test_rows_of_a_table(tmp_path):
 
 
 def test_share_of_a_tables_replicates(tmp_path):
-    """99 of 100 worlds have a 1 in all their rows; Wilson's interval of it begins at 0.9455."""
+    """99 of 100 worlds have a 1 in all their rows; Wilson's interval of it begins at 0.9455. Halves of two
+    worlds are not one."""
     rows = "".join(f"{world},{int(world < 99 or row == 0)}\n" for world in range(100) for row in range(2))
     (tmp_path / "t.csv").write_text("world,holds\n" + rows)
     case = {"metric": "table", "value": "holds", "replicate": "world", "terms": [[1, "t.csv", {}]]}
+    (tmp_path / "u.csv").write_text("world,holds\n" + rows.replace("98,1\n98,1\n", "98,1\n98,0\n"))
+    assert claims.decide(tmp_path, case | {"terms": [[1, "u.csv", {}]], "share": 0.5}).estimate == 0.98
     found = claims.decide(tmp_path, case | {"share": 0.94})
     assert (found.estimate, found.seeds, found.verdict) == (0.99, 100, "holds")
     assert found.low == pytest.approx(0.9455, abs=1e-4)
@@ -390,15 +393,18 @@ def test_a_claim_holds_if_all_its_cases_do():
 
 
 def test_the_summary_counts_what_papers_say_and_what_was_looked_at():
-    """Of four claims one is ours; of the papers' three two are judged. Too few seeds are no interval."""
+    """Of four claims one is ours; of the papers' three two are judged. Too few seeds are no interval,
+    and one that two claims rest on is one."""
     every = [{}, {"looked": "split"}, {"ours": True, "looked": "added"}, {}]
     verdicts = [claims.HOLDS, claims.OPEN, claims.FAILS, claims.FEW]
     said = "4 claims: 1 hold, 1 do not, 1 undecided, 1 with too few seeds, 0 not measured. "
     said += "The papers make 3 of them; 2 of these are judged, on five seeds or more."
     assert claims.summary(every, verdicts) == said
+    cases = lambda name: {"cases": [{"terms": [[1, f"{name}/{k}"]]} for k in range(20)]}
+    every = [claim | cases(name) for claim, name in zip(every, "aabc", strict=True)]  # two rest on the same
     findings = [[claims.Finding("", verdict, 5)] * 20 for verdict in verdicts]
     text = claims.caution(every, findings)
-    assert "on 60 intervals, of which about 3 are" in text and "2 claims were added" in text
+    assert "on 40 intervals, of which about 2 are" in text and "2 claims were added" in text
     assert claims.source_of({"source": "talk"}) == "talk"
     assert claims.source_of({"source": "talk", "looked": "split"}) == f"talk; {claims.LOOKED['split']}"
 
@@ -445,6 +451,9 @@ def test_every_claim_names_a_suite_that_makes_its_data(tmp_path):
                 assert term[1].removeprefix(f"{suite}/") in places[suite], (claim["id"], term[1])
 
 
+CASE = "[papers]\nx = 1\n[[claims]]\nid = 'A'\npaper = 'x'\nsource = ''\nstatement = ''\n[[claims.cases]]\n"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -460,6 +469,14 @@ def test_every_claim_names_a_suite_that_makes_its_data(tmp_path):
             "never: must be given with metric = steps",
         ),
         ("[[claims", "must be valid TOML"),
+        ("[papers]\nx = 1\n", "must have [papers] and [[claims]]"),
+        (CASE + "metric = 'finale'\nterms = [[1, 'a/b/c/d']]\n", "metric finale: must be one of area, "),
+        (
+            CASE + "metric = 'table'\nvalue = 'x'\nreplicate = 's'\nterms = [[1, 'a.csv']]\n",
+            "each of 3 parts",
+        ),
+        (CASE + "terms = [[1, 'a/b/c/d']]\nshare = 0.5\nexpect = 'equal'\nmargin = 1\n", "not of a share"),
+        (CASE + "terms = [[1, 'a/b/c/d']]\nexpect = 'more'\n", "expect more: must be above, below or equal"),
         (
             "[papers]\nx = 1\n[[claims]]\nid = 'A'\npaper = 'x'\nsource = ''\nstatement = ''\n"
             "looked = 'twice'\n",

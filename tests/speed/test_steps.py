@@ -41,14 +41,25 @@ def test_speed_of_real_loops(measure, capsys):
     [
         (["--device", "cuda"], 2, "--device cuda: must be cpu here: torch finds no CUDA device"),
         (["--processes", 2], 2, "--processes 2: must be with --device cuda"),
-        (["--rounds", 0], 2, "--rounds 0: must be at least 1"),
+        (["--rounds", 0], 2, "--rounds 0: must be a whole number, at least 1"),
+        (["--seconds", "nan"], 2, "--seconds nan: must be a number, at least 0"),
+        (["--threads", 1000], 2, "--threads 1000: must be at most"),
+        (
+            ["--", "--gamma", 0.9, "--no-such-flag", 3],
+            2,
+            "--no-such-flag: must be a flag of at least one of sac",
+        ),
         (["--", "--no-such-flag"], 2, "--no-such-flag: must be a flag of at least one of sac"),
         (["--env-id", "Nope-v0", "--rounds", 1, "--threads", 1], 1, "--env-id Nope-v0: must be a task"),
     ],
 )
 def test_speed_mistakes(flags, code, expected, measure, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert measure.run("--peers", *flags) == code
+    try:
+        found = measure.run("--peers", *flags)
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and expected in error
 

@@ -26,17 +26,19 @@ def test_areas_and_paired_differences(tmp_path):
         ("sac_mve", "horizon-5__members-2"): {1: (0, 99, 99)},
         ("sac_ove", "horizon-0__actor_horizon-3"): {1: (0, 60, 80), 2: (0, 70, 80)},
         ("sac_ove", "horizon-0__actor_horizon-3__actor_batch-256"): {1: (0, 98, 98)},
+        ("sac_ove", "horizon-0__num_particles-2__actor_horizon-3"): {1: (0, 96, 96)},
         ("sac_ove", "horizon-5__actor_horizon-3"): {1: (0, 97, 97)},
     })  # fmt: skip
-    curves, areas = study.read_areas(tmp_path)
-    assert areas["sac_ove", 5] == {1: 40, 2: 50} and areas["sac_mve", 5] == {1: 30, 2: 40}
-    assert areas["sac_ove", 0] == areas["sac_mve", 0] == {1: 15, 2: 30}
+    curves, areas = study.read_areas(tmp_path)  # (0 + 30) / 4 + (30 + 50) / 4 = 27.5
+    assert areas["sac_ove", 5] == {1: 27.5, 2: 32.5} and areas["sac_mve", 5] == {1: 20, 2: 27.5}
+    assert areas["sac_ove", 0] == areas["sac_mve", 0] == {1: 10, 2: 20}
     assert not any(method == "sac_retrace" for method, _ in curves)
-    assert study.paired(areas, [(1, ("sac_ove", 5)), (-1, ("sac_ove", 0))]) == [25, 20]
+    assert study.paired(areas, [(1, ("sac_ove", 5)), (-1, ("sac_ove", 0))]) == [17.5, 12.5]
     assert study.paired(areas, [(1, ("sac_ove", 30)), (-1, ("sac_ove", 0))]) == []
-    assert study.paired(areas, [(1, ("actor", 3)), (-1, ("actor", 0))]) == [55, 45]
+    assert study.paired(areas, [(1, ("actor", 3)), (-1, ("actor", 0))]) == [40, 35]
+    assert study.read_areas(tmp_path, "num_particles 2")[1]["actor", 3] == {1: 72}
     wider = study.read_areas(tmp_path, "members 2")[1]
-    assert wider["sac_mve", 5] == {1: 99}
+    assert wider["sac_mve", 5] == {1: 74.25}
 
 
 def test_settings_beside_the_horizon(tmp_path):
@@ -45,9 +47,9 @@ def test_settings_beside_the_horizon(tmp_path):
         ("sac_ove", "horizon-5__gamma-0.95"): {1: (0, 4, 4)},
         ("sac_ove", "horizon-5"): {1: (0, 8, 8)},
     })  # fmt: skip
-    assert study.read_areas(tmp_path)[1] == {("sac_ove", 5): {1: 8}}
+    assert study.read_areas(tmp_path)[1] == {("sac_ove", 5): {1: 6}}
     areas = study.read_areas(tmp_path, "gamma 0.95")[1]
-    assert areas == {("sac_ove", 0): {1: 2}, ("sac_ove", 5): {1: 4}}
+    assert areas == {("sac_ove", 0): {1: 1.5}, ("sac_ove", 5): {1: 3}}
     with pytest.raises(ValueError, match=r"gamma 0\.95"):
         study.read_areas(tmp_path, "gamma 0.9")
 
@@ -80,8 +82,8 @@ def test_interval_and_report(tmp_path):
         ("sac_mve", "horizon-1"): {1: (0, 90, 90), 2: (0, 110, 110), 3: (0, 100, 100)},
     })  # fmt: skip
     text = study.report(study.read_areas(tmp_path)[1])
-    assert "| R1: a perfect model helps | OVE(1) − OVE(0) | 100 ± 0 | above zero |" in text
-    assert "| OVE(1) − MVE(1) | 2 ± " in text and "| undecided |" in text and "ε = 5" in text
+    assert "| R1: a perfect model helps | OVE(1) − OVE(0) | 75 ± 0 | above zero |" in text
+    assert "| OVE(1) − MVE(1) | 2 ± " in text and "| undecided |" in text and "ε = 4" in text
 
 
 @needs("matplotlib")
@@ -105,8 +107,8 @@ def test_horizon_folders_side_by_side(tmp_path):
     folders = [tmp_path / name / "Task" for name in "ab"]
     done = tool("studies.horizon_study", "plot", *folders)
     assert done.returncode == 0, done.stderr
-    assert "| sac_mve | 2 ± " in done.stdout and "| actor | 15 ± " in done.stdout
-    assert "| R5: short H helps the actor | ACTOR(1) − ACTOR(0) | 20 ± 0 | above zero |" in done.stdout
+    assert "| sac_mve | 2 ± 10 | 4 ± 5 |" in done.stdout and "| actor | 11 ± 48 | 26 ± 48 |" in done.stdout
+    assert "| R5: short H helps the actor | ACTOR(1) − ACTOR(0) | 15 ± 0 | above zero |" in done.stdout
     done = tool("studies.horizon_study", "plot", folders[0], folders[0])
     assert done.returncode == 2 and "must have other methods than the folders before: sac_mve" in done.stderr
 

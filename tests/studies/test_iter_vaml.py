@@ -510,8 +510,8 @@ def test_the_script_writes_its_table_and_figure(tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "text"),
     [
-        ("iter_vaml", ["--worlds", 0], "--worlds 0: must be at least 1"),
-        ("iter_vaml", ["--steps", -1], "--steps -1: must be at least 1"),
+        ("iter_vaml", ["--worlds", 0], "--worlds 0: must be a whole number, at least 1"),
+        ("iter_vaml", ["--steps", -1], "--steps -1: must be a whole number, at least 1"),
         ("iter_vaml", ["--sizes", "8,61"], "--sizes: must be numbers from 1 to 60"),
         ("iter_vaml", ["--sizes", ""], "--sizes: must be numbers from 1 to 60"),
         (
@@ -519,9 +519,13 @@ def test_the_script_writes_its_table_and_figure(tmp_path):
             ["--figure", "/dev/null/a.png"],
             "--figure /dev/null/a.png: must be a file that can be",
         ),
-        ("dyna", ["--steps", 0], "--steps 0: must be at least 1"),
-        ("dyna", ["--csv", "/dev/null/a.csv"], "--csv /dev/null/a.csv: must be a file in a folder"),
-        ("dyna", ["--figure", "/dev/null/a.png"], "--figure /dev/null/a.png: must be a file in a folder"),
+        ("dyna", ["--steps", 0], "--steps 0: must be a whole number, at least 1"),
+        ("dyna", ["--csv", "/dev/null/a.csv"], "--csv /dev/null/a.csv: must be a file that can be written"),
+        (
+            "dyna",
+            ["--figure", "/dev/null/a.png"],
+            "--figure /dev/null/a.png: must be a file that can be written",
+        ),
     ],
 )
 def test_mistakes(name, flags, text, tmp_path):

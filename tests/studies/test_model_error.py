@@ -87,7 +87,10 @@ def test_model_error_mistakes(tmp_path):
         ([tmp_path, "--csv", tmp_path / "e.csv"], "must be a finished run with a readable final.pt"),
         ([folder, "--csv", tmp_path / "e.csv", "--episodes", "2,99"], "--episodes 2,99: must be from 2 to 7"),
         ([folder, "--csv", tmp_path / "other.csv"], "must be a table of this script"),
-        ([folder, "--csv", tmp_path / "e.csv", "--updates", 0], "--updates 0: must be at least 1"),
+        (
+            [folder, "--csv", tmp_path / "e.csv", "--updates", 0],
+            "--updates 0: must be a whole number, at least 1",
+        ),
     ):
         done = tool("studies.model_error", *flags)
         assert done.returncode == 2 and expected in done.stderr, done.stderr

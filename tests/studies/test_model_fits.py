@@ -158,8 +158,11 @@ def test_frozen_snapshots_resume(tmp_path):
     args = types.SimpleNamespace(**known, seeds=[1], threads=1, runs_dir=tmp_path / "none", csv=None)
     assert vaml_frozen.measure(args, rows, None) == rows
     assert not args.runs_dir.exists()  # a seed that has all its rows is not run again
-    other = tool("studies.vaml_frozen", *flags, "--hidden", 8, "--csv", tmp_path / "c.csv")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "runs").rglob("*"))
+    longer = ["--hidden", 8, "--steps", 600, "--csv", tmp_path / "c.csv"]  # nothing goes on from them
+    other = tool("studies.vaml_frozen", *flags, *longer)
     assert other.returncode == 2 and "must not hold snapshots of other settings" in other.stderr
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "runs").rglob("*"))
     sac = load("sac")
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.name != "snapshots"]
     plain = "--env-id Pendulum-v1 --total-timesteps 400 --learning-starts 100 --batch-size 16 --hidden 16"
@@ -172,9 +175,18 @@ def test_frozen_snapshots_resume(tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "text"),
     [
-        ("compounding_error", ["--horizon", 0], "--horizon 0: must be at least 1"),
+        ("compounding_error", ["--horizon", 0], "--horizon 0: must be a whole number, at least 1"),
         ("compounding_error", ["--tasks", "NoSuchTask-v0"], "--tasks NoSuchTask-v0: must be a task"),
-        ("compounding_error", ["--loss-steps", "60"], "must be at most 50 on TorqueBall-v0"),
+        ("compounding_error", ["--loss-steps", "60"], "--loss-steps 60: must be at most 50 on TorqueBall-v0"),
+        (
+            "compounding_error",
+            ["--tasks", "no_such_module:X-v0"],
+            "--tasks no_such_module:X-v0: must be a task",
+        ),
+        ("compounding_error", ["--tasks", "CartPole-v1"], "--tasks CartPole-v1: must be a task"),
+        ("compounding_error", ["--figure", "a.xyz"], "--figure a.xyz: must end in .png, .pdf or .svg"),
+        ("vaml_artificial", ["--widths", "a"], "--widths a: must be whole numbers with commas between"),
+        ("vaml_artificial", ["--csv", "/"], "--csv /: must be a file that can be written, not a folder"),
         ("vaml_artificial", ["--transitions", 4], "--transitions 4: must be at least 5"),
         ("vaml_artificial", ["--widths", ""], "--widths: must be numbers of at least 1"),
         ("vaml_frozen", ["--every", 300, "--steps", 200], "--every 300: must be at most --steps 200"),
@@ -184,8 +196,9 @@ def test_frozen_snapshots_resume(tmp_path):
 def test_mistakes_of_the_new_experiments(name, flags, text, tmp_path):
     base = {"compounding_error": COMPOUNDING, "vaml_artificial": ARTIFICIAL, "vaml_frozen": FROZEN}[name]
     runs = ["--runs-dir", tmp_path / "runs"] if name == "vaml_frozen" else []
-    done = tool(f"studies.{name}", *base, *runs, "--csv", tmp_path / "a.csv", *flags)
+    done = tool(f"studies.{name}", *base, *runs, "--csv", tmp_path / "new" / "a.csv", *flags)
     assert done.returncode == 2 and text in done.stderr.splitlines()[-1], done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["compounding_error", "vaml_artificial", "vaml_frozen"])

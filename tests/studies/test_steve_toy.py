@@ -43,4 +43,4 @@ def test_toy_says_what_the_paper_says(tmp_path):
     assert last["mve-exact"] < 1 and last["steve-exact"] < 1 and last["steve-noisy"] < 1
     assert last["mve-noisy"] > 1_000 > last["q"] > 1
     bad = tool("studies.steve_toy", *flags, "--horizon", 0)
-    assert bad.returncode == 2 and bad.stderr == "error: --horizon 0: must be at least 1\n"
+    assert bad.returncode == 2 and bad.stderr == "error: --horizon 0: must be a whole number, at least 1\n"

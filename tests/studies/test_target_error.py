@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.report.reading import name_of
 from experiments.studies import target_error as errors
 from tests.algos.test_math import GAMMA, K, exact_critic, make_agent
-from tests.conftest import load, long, run, tool
+from tests.conftest import load, long, needs, run, tool
 from tests.tasks import RHO, A, B, Q
 
 mve, ove = load("sac_mve"), load("sac_ove")
@@ -208,13 +209,35 @@ def test_recurrent_model_is_unrolled_as_by_its_own_agent():
             assert torch.allclose(a, b, atol=1e-6), name
 
 
+@needs("matplotlib")
+def test_a_picture_of_a_task_without_plain_differences(tmp_path):
+    """Where bodies turn freely the simulator has no gradient: five panels on a grid of six."""
+    names = ("bias", "bias_se", "variance", "mse", "rms", "state_error", "cosine", "action_norm")
+    rows = [{"step": 5, "h": h, "error_of": "model - simulator"} | dict.fromkeys(names, 0.5) for h in (0, 1)]
+    errors.plot(rows, "Ant-v5", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_runs_of_another_version_are_one_line(finished, tmp_path):
+    mve = finished("sac_mve", tmp_path)
+    record = json.loads((mve / "args.json").read_text())
+    (mve / "args.json").write_text(json.dumps(record | {"args": record["args"] | {"gone": 1}}))
+    done = tool("studies.target_error", mve)
+    assert done.returncode == 2 and "must be a run of this version of sac_mve.py" in done.stderr
+    wider = record["args"] | {"hidden": 2 * record["args"]["hidden"]}
+    (mve / "args.json").write_text(json.dumps(record | {"args": wider}))
+    done = tool("studies.target_error", mve, "--csv", tmp_path / "new" / "e.csv")
+    assert done.returncode == 2 and "must be a run of this version of sac_mve.py" in done.stderr
+    assert not (tmp_path / "new").exists() and done.stderr.count("\n") == 1
+
+
 def test_target_error_mistakes(finished, tmp_path):
     sac, mve = finished("sac", tmp_path), finished("sac_mve", tmp_path)
     for flags, expected in (
         ([tmp_path / "nothing"], "must be a run folder with a readable args.json"),
         ([sac], "must be a run of sac_mve, sac_svg_h, sac_ove, not sac"),
-        ([sac, "--horizon", -1], "--horizon -1: must be at least 0"),
-        ([sac, "--returns", 1], "--returns 1: must be at least 2"),
+        ([sac, "--horizon", -1], "--horizon -1: must be a whole number, at least 0"),
+        ([sac, "--returns", 1], "--returns 1: must be a whole number, at least 2"),
         ([mve, sac], "must be a run of sac_mve, sac_svg_h, sac_ove, not sac"),
         ([mve, mve, "--figure", tmp_path / "e.png"], "e.png: must be of one run, not of 2"),
     ):
@@ -223,7 +246,7 @@ def test_target_error_mistakes(finished, tmp_path):
 
 
 def test_target_error_of_several_runs(finished, tmp_path):
-    """One table, whose rows say whose they are: task, file, the run's own H and its seed."""
+    """One table, whose rows say whose they are: task, file, settings and seed."""
     first = finished("sac_mve", tmp_path)
     second = run("sac_ove", tmp_path / "runs", "--env-id", "InvertedPendulum-v5", "--horizon", 2, "--seed", 7)
     flags = ["--horizon", 1, "--starts", 20, "--returns", 2, "--threads", 1, "--csv", tmp_path / "errors.csv"]
@@ -232,10 +255,14 @@ def test_target_error_of_several_runs(finished, tmp_path):
     with open(tmp_path / "errors.csv") as file:
         rows = list(csv.DictReader(file))
     args = json.loads((first / "args.json").read_text())["args"]
-    names = ("algo", "horizon", "seed", "env_id")
-    found = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
-    mine = ("sac_mve", *(str(args[name]) for name in names[1:]))
-    assert found == [mine, ("sac_ove", "2", "7", "InvertedPendulum-v5")]
+    found = list(dict.fromkeys(tuple(row[name] for name in errors.RUN) for row in rows))
+    mine, other = (name_of(algo, json.loads((path / "args.json").read_text())["args"])
+                   for algo, path in (("sac_mve", first), ("sac_ove", second)))  # fmt: skip
+    assert found == [(args["env_id"], "sac_mve", mine, str(args["seed"])),
+                     ("InvertedPendulum-v5", "sac_ove", other, "7")]  # fmt: skip
+    assert other.startswith("horizon-2")
+    again = tool("studies.target_error", first, first)
+    assert again.returncode == 2 and "must not be there twice" in again.stderr
     for row in rows:
         assert float(row["rms"]) == pytest.approx(max(float(row["mse"]), 0) ** 0.5)
 

@@ -95,3 +95,14 @@ def test_model_error_mistakes(tmp_path):
         done = tool("studies.model_error", *flags)
         assert done.returncode == 2 and expected in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "e.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["sac", "svg", "dreamer", "pets", "sac_svg_h"])
+def test_the_replay_of_every_kind_of_file_is_read(name, finished, tmp_path):
+    """Whatever its critic takes, if it has one: rows of observation, action and what came after."""
+    folder = finished(name, tmp_path)
+    episodes, (n, m) = model_error.read_replay(folder)
+    state = torch.load(folder / "final.pt", weights_only=True)
+    rows = torch.cat(episodes)
+    assert [n, m] == list(state["sizes"]) and rows.shape == (len(state["buffer"]["rows"]), 2 * n + m)
+    assert torch.equal(rows[:, n + m :], state["buffer"]["rows"][:, n + m + 1 : -1])

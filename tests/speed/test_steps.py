@@ -74,7 +74,7 @@ def test_speed_of_processes_at_once(measure):
     with pytest.raises(RuntimeError, match="must be in"):
         task.ours("sac", [*flags, "--gamma", "2"])
     silent = [[sys.executable, "-c", "import time; time.sleep(60)"]]
-    with pytest.raises(RuntimeError, match="no new point within 1 s"):
+    with pytest.raises(RuntimeError, match="no new point within 3 s"):
         measure.side_by_side(silent, 1, 0.0, patience=1, threads=1)
 
 
@@ -108,3 +108,12 @@ def test_speed_on_a_gpu(measure, monkeypatch, capsys):
         eager, captured, together = (load(algo).parse(flags) for flags in commands[algo])
         assert not eager.cuda_graphs and captured.cuda_graphs and together.cuda_graphs
         assert eager.device == "cuda" and eager.total_timesteps > 100_000
+
+
+def test_one_that_hangs_is_not_covered_by_the_others(measure):
+    """Two commands: one tells points without end, the other only its first. Patience is each one's own."""
+    talks = "import time\nfor k in range(10**6): print('@', k, time.time(), flush=True); time.sleep(0.05)"
+    hangs = "import time\nprint('@', 0, time.time(), flush=True); time.sleep(60)"
+    commands = [[sys.executable, "-c", code] for code in (talks, hangs)]
+    with pytest.raises(RuntimeError, match="no new point within 3 s"):
+        measure.side_by_side(commands, steps=10**6, seconds=0, patience=3, threads=1)

@@ -434,20 +434,25 @@ class ImaginedReplay(nn.Module):
 def known_termination(env: gym.Env):
     """The task's rule on observations: next obs [B, n] -> done [B], 0 or 1; None for tasks without one here.
 
-    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.tasks. Other
-    bounds are unknown; what never terminates never does here.
+    The paper's seven tasks as Gymnasium's version 5 and as mbpo/..-v0 of experiments.tasks. Unknown are other
+    bounds and what wrappers make of observations and ends, unless one says that `ends_are_the_tasks`.
     """
-    task = env.unwrapped
+    task, layer = env.unwrapped, env
+    kinds = [gym.Wrapper, gym.ActionWrapper, gym.RewardWrapper, Boundary, gym.wrappers.RecordVideo]
+    kinds += [gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, gym.wrappers.TimeLimit]
+    kept = [kind.step for kind in kinds]
+    while layer is not task and (type(layer).step in kept or hasattr(type(layer), "ends_are_the_tasks")):
+        layer = layer.env
     name, width = type(task).__name__.removesuffix("Env"), env.observation_space.shape[0]
     widths = {"InvertedPendulum": {4}, "InvertedDoublePendulum": {9}, "Hopper": {11}, "Walker2d": {17}}
     widths |= {"HalfCheetah": {17}, "Ant": {27, 105}, "Humanoid": {45, 348}}
-    bounds = {"Hopper": ((0.7, math.inf), (-0.2, 0.2)), "Walker2d": ((0.8, 2.0), (-1.0, 1.0))}
-    bounds |= {"Ant": ((0.2, 1.0), None), "Humanoid": ((1.0, 2.0), None)}
-    found = tuple(getattr(task, f"_healthy_{part}_range", None) for part in ("z", "angle"))
-    known = type(task).__module__.endswith("_v5") and width in widths.get(name, ())
-    if not known or found != bounds.get(name, (None, None)):
+    bounds = {"Hopper": ((0.7, math.inf), (-0.2, 0.2), (-100, 100)), "Ant": ((0.2, 1.0), None, None)}
+    bounds |= {"Walker2d": ((0.8, 2.0), (-1.0, 1.0), None), "Humanoid": ((1.0, 2.0), None, None)}
+    found = tuple(getattr(task, f"_healthy_{part}_range", None) for part in ("z", "angle", "state"))
+    known = layer is task and type(task).__module__.endswith("_v5") and width in widths.get(name, ())
+    if not known or found != bounds.get(name, (None, None, None)):
         return None
-    if not getattr(task, "_terminate_when_unhealthy", True):
+    if name == "HalfCheetah" or not getattr(task, "_terminate_when_unhealthy", True):
         return lambda obs: torch.zeros_like(obs[:, 0])
 
     def rule(obs: Tensor) -> Tensor:
@@ -463,10 +468,8 @@ def known_termination(env: gym.Env):
             alive = (height > 0.8) & (height < 2) & (obs[:, 1].abs() < 1)
         elif name == "Ant":
             alive = (height >= 0.2) & (height <= 1)
-        elif name == "Humanoid":
+        else:  # Humanoid
             alive = (height >= 1) & (height <= 2)
-        else:  # HalfCheetah
-            return torch.zeros_like(height)
         return (~(alive & obs.isfinite().all(1))).to(obs.dtype)
 
     return rule
@@ -523,8 +526,9 @@ class Agent:
         self.rule = None  # make_buffer sees the task and may find it
 
     def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
-        """The replay that `train` fills with steps of env; also looks for the rule of its terminations."""
+        """The replay that `train` fills with steps of env; also looks for the rule of its ends and says so."""
         self.rule = known_termination(env) if self.args.termination_rule == "auto" else None
+        tqdm.write(f"termination: {'learned' if self.rule is None else 'by the rule of the task'}")
         if self.rule is not None:
             del self.termination, self.termination_optimizer
         longest = max(0, self.args.total_timesteps - self.args.learning_starts - 1) // self.args.epoch_length

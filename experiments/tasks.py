@@ -39,6 +39,8 @@ class Poplin(gym.Wrapper):
     Observations are positions without the root's x (and y) and unclipped velocities: [n], float64.
     """
 
+    ends_are_the_tasks = True  # for it is made of tasks that never end
+
     def __init__(self, env: gym.Env, skip: int, height: float | None):
         super().__init__(env.unwrapped)
         self.skip, self.height = skip, height
@@ -149,6 +151,7 @@ class AliveBonusToTheEnd(gym.Wrapper):
     """Version 2 paid the alive bonus on the terminating step as well; version 5 does not."""
 
     alive_bonus_to_the_end = True  # ddpg_mve.py asks for it
+    ends_are_the_tasks = True  # files that know rules of terminations ask for it
 
     def step(self, action: np.ndarray):
         obs, reward, terminated, truncated, info = self.env.step(action)

@@ -433,6 +433,23 @@ def test_rules_by_hand():
     assert mbpo.known_termination(gym.make("Hopper-v5", healthy_z_range=(0.5, 2.0))) is None
     moved = gym.make("Hopper-v5", exclude_current_positions_from_observation=False)
     assert mbpo.known_termination(moved) is None  # other columns
+    assert mbpo.known_termination(gym.make("Hopper-v5", healthy_state_range=(-5.0, 5.0))) is None
+
+
+def test_no_rule_behind_a_wrapper_that_may_break_it():
+    """Scaled observations and ends of the wrapper's own are unknown; actions, rewards and limits are not."""
+
+    class EndsByItself(gym.Wrapper):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            return obs, reward, terminated or bool(obs[1] > 1), truncated, info
+
+    wrapped = gym.wrappers
+    known = [wrapped.RescaleAction(gym.make("Hopper-v5"), -1, 1), gym.make("Hopper-v5", max_episode_steps=5)]
+    known += [wrapped.TransformReward(gym.make("Hopper-v5"), float)]
+    unknown = [wrapped.NormalizeObservation(gym.make("Hopper-v5")), EndsByItself(gym.make("HalfCheetah-v5"))]
+    assert all(mbpo.known_termination(env) for env in known)
+    assert not any(mbpo.known_termination(env) for env in unknown)
 
 
 def test_unknown_terminations_are_learned(tmp_path):

@@ -526,7 +526,7 @@ class Agent:
         self.rule = None  # make_buffer sees the task and may find it
 
     def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
-        """The replay that `train` fills with steps of env; also looks for the rule of its ends and says so."""
+        """The replay that `train` fills with steps of env; says whether the rule of its ends is known."""
         self.rule = known_termination(env) if self.args.termination_rule == "auto" else None
         tqdm.write(f"termination: {'learned' if self.rule is None else 'by the rule of the task'}")
         if self.rule is not None:

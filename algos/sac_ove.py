@@ -461,8 +461,8 @@ class Simulator:
         """
         (size, m), x = action.shape, self.model.nq + self.model.nv
         k, j = np.arange(x), np.arange(m)
-        moves = np.full((size, x + m), 1e-6)
-        moves[:, x:] = np.where(action > 0, -1, 1) * (1e-6 if self.task else 1e-3)  # copies act in float32
+        moves = np.full((size, x + m), self.move)
+        moves[:, x:] = np.where(action > 0, -1, 1) * (1e-6 if self.task else 1e-4)  # copies act in float32
         many = np.repeat(rows[:, None], x + m + 1, 1)
         actions = np.repeat(action[:, None].astype(np.float64), x + m + 1, 1)
         many[:, 1 + k, 1 + k] += moves[:, :x]  # place 0 is the step itself; a row begins with the time
@@ -471,7 +471,7 @@ class Simulator:
         values = np.concatenate([after[:, 1 : 1 + x], obs, reward[:, None]], 1).reshape(size, x + m + 1, -1)
         change = values[:, 1:] - values[:, :1]
         jacobian = (change / moves[..., None]).transpose(0, 2, 1)  # (3b)
-        jacobian[:, -1][np.abs(jacobian[:, -1]) > 1e4] = 0
+        jacobian[:, -1][np.abs(jacobian[:, -1]) > 10 / np.sqrt(np.abs(moves))] = 0
         first = lambda array: array.reshape(size, x + m + 1, *array.shape[1:])[:, 0]
         return first(after), first(done), values[:, 0], jacobian
 
@@ -491,6 +491,34 @@ class Simulator:
         for name, theirs, ours in zip(names, real, self.step(rows, actions)[1:], strict=True):
             same = np.allclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
             require(same, "env_id", env_id, f"a task whose {name} follows from simulator state and action")
+        self.tried = rows, 0.5 * actions
+        self.move = 1e-6 if real[0].dtype == np.float64 else 1e-4  # of states, in `differentiate`
+
+    def chain_error(self) -> np.ndarray:
+        """(3b) over three steps from where `verify` has been, against central differences of all at once.
+
+        Of each number of the last observation, and of the sum of rewards: the error's median over rows, as a
+        share of the slope's, [n + 1]. Not small where more of a state counts than positions and velocities.
+        """
+        (rows, action), x = self.tried, self.model.nq + self.model.nv
+
+        def end(first: np.ndarray) -> np.ndarray:
+            after, total = rows, 0.0
+            for actions in (first, action, action):
+                after, obs, reward, _ = self.step(after, actions)
+                total = total + reward
+            return np.concatenate([obs, total[:, None]], 1)
+
+        after, paid, slope = rows, 0.0, np.zeros((len(rows), x, action.shape[1]))
+        for t in range(3):
+            after, _, _, jacobian = self.differentiate(after, action)
+            slope = jacobian[:, :, :x] @ slope[:, :x] + jacobian[:, :, x:] * (t == 0)
+            paid = paid + slope[:, -1]
+        ours = np.concatenate([slope[:, x:-1], paid[:, None]], 1)
+        moves = 1e-3 * np.eye(action.shape[1])
+        theirs = np.stack([(end(action + move) - end(action - move)) / 2e-3 for move in moves], 2)
+        error, size = (np.median(np.abs(array).max(2), 0) for array in (ours - theirs, theirs))
+        return error / (size + 1e-3 * size.max() + 1e-9)
 
 
 class Simulated(torch.autograd.Function):
@@ -684,8 +712,11 @@ class Agent:
         if self.args.horizon == self.args.actor_horizon == 0:
             return ReplayBuffer(*sizes)
         simulator = Simulator(self.args.env_id, env, self.args.num_threads, self.args.env_kwargs)
-        plain = self.args.actor_horizon == 0 or simulator.model.nq == simulator.model.nv
-        require(plain, "actor_horizon", self.args.actor_horizon, "0 for bodies that turn freely (nq > nv)")
+        if ahead := self.args.actor_horizon:
+            plain = simulator.model.nq == simulator.model.nv
+            require(plain, "actor_horizon", ahead, "0 for bodies that turn freely (nq > nv)")
+            wrong, why = simulator.chain_error().max(), "a step depends on more than positions and velocities"
+            require(wrong < 0.1, "actor_horizon", ahead, f"0: {why} (slopes of three are off by {wrong:.0%})")
         return SimulatorReplay(*sizes, simulator)
 
     def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:

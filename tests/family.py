@@ -22,7 +22,7 @@ HEADER = "# --- the same in every file from here on: checks, task, run folder, g
 CALL = '\n\nif __name__ == "__main__" and "__file__" in globals():  # a notebook\'s cell calls train itself\n'
 LONGEST = {  # lines to read above the header
     "sac": 375, "mage": 583, "mbpo": 797, "steve": 595, "td3": 402, "ddpg": 422, "ddpg_mve": 693,
-    "sac_mve": 650, "sac_ove": 895, "sac_retrace": 488, "sac_svg_h": 838, "sac_vaml": 740,
+    "sac_mve": 650, "sac_ove": 922, "sac_retrace": 488, "sac_svg_h": 838, "sac_vaml": 740,
     "ddpg_mve_min": 940, "pilco": 740, "pets": 750, "poplin": 865, "me_trpo": 870, "svg": 680,
     "maac": 865, "dreamer": 755,
 }  # fmt: skip

@@ -287,7 +287,63 @@ class GoalNan(Shuttle):
         return obs, float("nan") if self.time > 30 else reward, *rest
 
 
+class Push(gym.Env):
+    """A body of 4 kg on rails is pushed with up to 2 N: s = (x, v), r = v after 0.05 s, damping 1 N s/m."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    motor = "<motor joint='rail' gear='2'/>"
+
+    def __init__(self):
+        body = "<body name='car'><joint name='rail' type='slide' axis='1 0 0' damping='1'/>"
+        world = f"<worldbody>{body}<geom size='0.1' mass='4'/></body></worldbody>"
+        text = f"<mujoco><option timestep='0.05'/>{world}<actuator>{self.motor}</actuator></mujoco>"
+        self.model = mujoco.MjModel.from_xml_string(text)
+        self.data = mujoco.MjData(self.model)
+
+    def observe(self):
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def reward(self, before):
+        return float(self.data.qvel[0])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:] = self.np_random.uniform(-1, 1, 1)
+        mujoco.mj_forward(self.model, self.data)
+        return self.observe(), {}
+
+    def step(self, action):
+        before, self.data.ctrl[:] = self.data.body("car").xpos[0], action
+        mujoco.mj_step(self.model, self.data)
+        return self.observe(), self.reward(before), False, False, {}
+
+
+class PushRounded(Push):
+    """Observations in float32."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def observe(self):
+        return np.float32(super().observe())
+
+
+class PushLater(Push):
+    """The action is the rate of the force: an activation of MuJoCo's is state, too."""
+
+    motor = "<general joint='rail' dyntype='integrator' gainprm='5'/>"
+
+
+class PushDisplaced(Push):
+    """r = Δx / 0.05 by the body's place in the world, which MuJoCo keeps from before its last step."""
+
+    def reward(self, before):
+        return float(self.data.body("car").xpos[0] - before) / 0.05
+
+
 for task in (
+    Push, PushRounded, PushLater, PushDisplaced,
     LQR, Cliff, Ends, Counter, Goal, Noisy, Image, NoisyReset, SameArray, NanReward, LateNan, NanObservation,
     WideNan,
     Huge, DictObservation, DiscreteAction, IntegerAction, UnboundedAction, PointAction, MatrixAction,

@@ -450,11 +450,38 @@ def test_jacobian_of_a_linear_system():
     assert not jacobian[:, [0, 2, 3], 1].any()  # a velocity means nothing to this system
 
 
-def test_a_bonus_that_stops_is_no_slope():
-    """A hopper 1e-7 above the height at which it is unhealthy: its bonus of 1 is not divided by 1e-6."""
+@pytest.mark.parametrize("name", ["Hopper-v5", "tests.tasks:Push-v0", "tests.tasks:PushRounded-v0"])
+def test_slopes_of_three_steps_are_right(name):
+    """With batched formulas, by a private copy, and by a copy whose observations are rounded to float32."""
+    env = ove.make_env(name)
+    env.reset(seed=0)
+    simulator = ove.Simulator(name, env, 1)
+    assert simulator.chain_error().max() < 0.01 and simulator.chain_error().shape == (
+        env.observation_space.shape[0] + 1,
+    )
+
+
+def test_jacobian_of_rounded_observations():
+    """v' = (v + h (2a − x stiffness 0) / 4) / (1 + h / 4), MuJoCo's implicit damping; x' = x + h v'."""
+    env, h = ove.make_env("tests.tasks:PushRounded-v0"), 0.05
+    env.reset(seed=0)
+    simulator = ove.Simulator("tests.tasks:PushRounded-v0", env, 1)
+    row = simulator.row(simulator.live)[None]
+    jacobian = simulator.differentiate(row, np.float32([[0.3]]))[3][0]
+    kept, pushed = 1 / (1 + h / 4), h * 2 / 4 / (1 + h / 4)
+    speed, place = [0, kept, pushed], [1, h * kept, h * pushed]
+    assert jacobian == pytest.approx(np.array([place, speed, place, speed, speed]), abs=2e-3)
+
+
+@pytest.mark.parametrize(("copy", "move"), [(False, 1e-6), (True, 1e-6), (True, 1e-3)])
+def test_a_bonus_that_stops_is_no_slope(copy, move, monkeypatch):
+    """A hopper 1e-7 above the height at which it is unhealthy: its bonus of 1 is divided by no difference."""
+    if copy:
+        monkeypatch.delitem(ove.TASKS, "hopper_v5")
     env = ove.make_env("Hopper-v5")
     env.reset(seed=0)
     simulator = ove.Simulator("Hopper-v5", env, 1)
+    simulator.move = move
     row, idle = simulator.row(simulator.live)[None].copy(), np.zeros((1, 3), np.float32)
     low, high = 0.6, 1.2  # unhealthy after a step from the first, healthy from the second
     for _ in range(60):
@@ -464,7 +491,7 @@ def test_a_bonus_that_stops_is_no_slope():
     assert simulator.step(row, idle)[2][0] > 0.5
     for height in (row[0, 2], low - 1e-7):  # of whichever bound: one of them is crossed by 1e-6 upwards
         row[0, 2] = height
-        assert np.abs(simulator.differentiate(row, idle)[3][0, -1]).max() < 1e3
+        assert np.abs(simulator.differentiate(row, idle)[3][0, -1]).max() < 900
 
 
 def lqr_gradients(horizon: int) -> list[torch.Tensor]:
@@ -548,6 +575,11 @@ def test_actor_looks_ahead_alone_and_beside_the_critics(tmp_path):
     ("flags", "text"),
     [
         (["--env-id", "Ant-v5"], "--actor-horizon 2: must be 0 for bodies that turn freely"),
+        (
+            ["--env-id", "tests.tasks:PushLater-v0"],
+            "--actor-horizon 2: must be 0: a step depends on more than",
+        ),
+        (["--env-id", "tests.tasks:PushDisplaced-v0"], "(slopes of three are off by 50%)"),
         (["--actor-batch", 17], "--actor-batch 17: must be at most --batch-size 16"),
     ],
 )

@@ -101,7 +101,9 @@ class DDPG:
 class ModelExpansion:
     """Value expansion with a learned model; the paper is Feinberg et al. 2018."""
 
-    preset: Literal["laptop", "paper"] = "laptop"  # paper: its settings but warm-ups; any flag overrides it
+    preset: Literal["laptop", "paper"] = (
+        "laptop"  # paper: the task's settings but warm-ups; flags override it
+    )
     horizon: Natural = 3  # imagined steps H of the critic's target; 0 is ddpg.py (the paper: 10, Walker2d 3)
     tdk: bool = True  # TD-k trick: regress the critic at imagined pairs too (the paper)
     rewards: Literal["auto", "learned"] = "auto"  # auto: the task's formula where it is known (the paper)
@@ -121,6 +123,10 @@ SETTINGS_OF_PAPER = {
     "actor_lr": 1e-3, "critic_lr": 1e-3, "tau": 0.01, "batch_size": 64, "updates_per_step": 4,
     "model_updates": 4, "normalize_every": 100,
 }  # fmt: skip
+OTHERS_OF_PAPER = {  # than the cheetah's, by the task's name
+    "Swimmer": {"actor_lr": 1e-4},
+    "Walker2d": {"horizon": 3, "actor_lr": 1e-4, "critic_lr": 1e-4, "tau": 1e-3},
+}
 
 
 @dataclass
@@ -129,13 +135,16 @@ class Args(Run, DDPG, ModelExpansion):
 
     def __post_init__(self) -> None:
         check(self)
-        logged = self.diagnose_every % self.log_every == 0
+        logged = self.horizon == 0 or self.diagnose_every % self.log_every == 0
         require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
 
     @classmethod
     def defaults(cls, given: dict) -> dict:
-        """The dataclass's defaults, then those of the preset that is given."""
-        return dataclasses.asdict(cls()) | (SETTINGS_OF_PAPER if given["preset"] == "paper" else {})
+        """The dataclass's defaults, then those of the preset that is given, for its task."""
+        if given["preset"] == "laptop":
+            return dataclasses.asdict(cls())
+        task = re.sub(r"-v\d+$", "", re.split("[/:]", given["env_id"])[-1])
+        return dataclasses.asdict(cls()) | SETTINGS_OF_PAPER | OTHERS_OF_PAPER.get(task, {})
 
 
 class StackedLinear(nn.Module):
@@ -244,13 +253,18 @@ class DeltaModel(StackedMLP):
 def known_reward(env: gym.Env, device: torch.device):
     """The task's reward as a function of (s' − s [B, n], action [B, m], s' [B, n]) -> [B]; None if unknown.
 
-    HalfCheetah-v5, Swimmer-v5 and Walker2d-v5 with the root's position in their observations. Where the task
-    pays its alive bonus to the end (mve/Walker2d-v0), so does every imagined state, as in the released code.
+    HalfCheetah-v5, Swimmer-v5 and Walker2d-v5 with the root's position in their observations, behind no
+    wrapper that could change a number but make_env's. Where the task pays its alive bonus to the end
+    (mve/Walker2d-v0), so does every imagined state, as in the released code.
     """
-    task = env.unwrapped
+    task, layer = env.unwrapped, env.env.env.env if isinstance(env, Boundary) else env
+    kinds = [gym.Wrapper, gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing, gym.wrappers.TimeLimit]
+    kept = [kind.step for kind in kinds]
+    while layer is not task and (type(layer).step in kept or hasattr(type(layer), "alive_bonus_to_the_end")):
+        layer = layer.env
     name, module = type(task).__name__, type(task).__module__
     known = name in ("HalfCheetahEnv", "SwimmerEnv", "Walker2dEnv") and module.endswith("_v5")
-    if not known or task._exclude_current_positions_from_observation:
+    if layer is not task or not known or task._exclude_current_positions_from_observation:
         return None
     low, high = (torch.as_tensor(x, device=device) for x in (task.action_space.low, task.action_space.high))
     to_the_end = env.has_wrapper_attr("alive_bonus_to_the_end")

@@ -13,7 +13,8 @@ from a Gaussian ensemble at the actor's own action, one random member per state.
 
 ∇_a of the error is g − ∇_a Q, and only its second part depends on the critics: g is computed once and held,
 which gives the same gradient as differentiating through the model twice. --grad-weight 0 is Dyna-TD3: the
-same learner, no idea. Actor and critics are smooth (SiLU). The model is sac_mve.py's:
+same learner, no idea. Actor and critics are smooth (SiLU) and see s as the model does, in deviations of the
+replay within ±5, which each refresh changes a little for all of them. The model is sac_mve.py's:
 
     L_f = mean Σ_j (Δ_j − μ_j)² / σ_j² + log σ_j² + 0.01 Σ_j (max − min)_j,  Δ = (s' − s, r)      (6)
     L_d = cross-entropy of the termination of (s, a, s')                                          (7)
@@ -110,7 +111,9 @@ class DifferentiableModel:
     model_hidden: Width = 128  # units in each of these layers (ours, for laptops; authors' code: 512)
     model_lr: Rate = 1e-3  # Adam step size of the model (ours; authors' code: RAdam, 1e-4)
     model_warm_up: Natural = 500  # model updates before the first critic update (ours)
-    model_updates: Natural = 4  # model updates per step (ours; authors' code: 120 or more every 25 steps)
+    model_updates: Natural = (
+        4  # model updates per step, 0: 1 to 4 by the replay (ours; theirs: 120 or more every 25)
+    )
     normalize_every: Count = 1_000  # steps between refreshes of the mean and deviation of the inputs (ours)
 
 

@@ -121,7 +121,7 @@ class Args(Run, SAC, Expansion):
 
     def __post_init__(self) -> None:
         check(self)
-        logged = self.diagnose_every % self.log_every == 0
+        logged = self.horizon == 0 or self.diagnose_every % self.log_every == 0
         require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
 
 

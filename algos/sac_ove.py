@@ -123,7 +123,7 @@ class Args(Run, SAC, OracleExpansion):
 
     def __post_init__(self) -> None:
         check(self)
-        logged = self.diagnose_every % self.log_every == 0
+        logged = self.horizon == 0 or self.diagnose_every % self.log_every == 0
         require(logged, "diagnose_every", self.diagnose_every, f"a multiple of --log-every {self.log_every}")
         fits = self.actor_horizon == 0 or self.actor_batch <= self.batch_size
         require(fits, "actor_batch", self.actor_batch, f"at most --batch-size {self.batch_size}")

@@ -1,6 +1,7 @@
 """DDPG, TD3 and DDPG-MVE: closed forms of targets and losses, cadence of updates, noise, known rewards."""
 
 import copy
+import json
 
 import gymnasium as gym
 import numpy as np
@@ -345,6 +346,19 @@ def test_imagined_walkers_are_paid_for_being_there_as_their_task_pays():
     assert found["v0"].item() == 1 and found["v5"].item() == 0
 
 
+def test_a_reward_behind_wrappers_is_learned():
+    """Scaled rewards, observations or actions are none of the formula's; a time limit changes nothing."""
+    cheetah, wrapped = lambda: gym.make("HalfCheetah-v5", **WHOLE), gym.wrappers
+    assert mve.known_reward(wrapped.TimeLimit(cheetah(), 7), torch.device("cpu"))
+    assert mve.known_reward(mve.make_env("HalfCheetah-v5", json.dumps(WHOLE)), torch.device("cpu"))
+    for env in (
+        wrapped.TransformReward(cheetah(), lambda reward: 10 * reward),
+        wrapped.TransformObservation(cheetah(), lambda obs: 0.1 * obs, None),
+        wrapped.RescaleAction(cheetah(), -2, 2),
+    ):
+        assert mve.known_reward(env, torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize("name", ["HalfCheetah-v5", "Pendulum-v1", "Hopper-v5"])
 def test_other_rewards_are_learned(name):
     assert mve.known_reward(gym.make(name), torch.device("cpu")) is None
@@ -403,6 +417,12 @@ def test_preset_of_the_paper():
     assert (paper.actor_lr, paper.critic_lr, paper.tau) == (1e-3, 1e-3, 0.02)
     assert (paper.updates_per_step, paper.model_updates, paper.normalize_every) == (4, 1, 100)
     assert mve.parse([]).hidden == 256 and mve.parse(["--preset=paper"]).tau == 0.01
+    swimmer, walker = (
+        mve.parse(["--preset", "paper", "--env-id", f"experiments.tasks:mve/{name}-v0"])
+        for name in ("Swimmer", "Walker2d")
+    )
+    assert (swimmer.actor_lr, swimmer.critic_lr, swimmer.tau, swimmer.horizon) == (1e-4, 1e-3, 0.01, 10)
+    assert (walker.actor_lr, walker.critic_lr, walker.tau, walker.horizon) == (1e-4, 1e-4, 1e-3, 3)
 
 
 def test_signal_survives_eight_layers():

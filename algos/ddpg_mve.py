@@ -101,9 +101,7 @@ class DDPG:
 class ModelExpansion:
     """Value expansion with a learned model; the paper is Feinberg et al. 2018."""
 
-    preset: Literal["laptop", "paper"] = (
-        "laptop"  # paper: the task's settings but warm-ups; flags override it
-    )
+    preset: Literal["laptop", "paper"] = "laptop"  # paper: the task's settings but warm-ups; flags win
     horizon: Natural = 3  # imagined steps H of the critic's target; 0 is ddpg.py (the paper: 10, Walker2d 3)
     tdk: bool = True  # TD-k trick: regress the critic at imagined pairs too (the paper)
     rewards: Literal["auto", "learned"] = "auto"  # auto: the task's formula where it is known (the paper)

@@ -111,9 +111,7 @@ class DifferentiableModel:
     model_hidden: Width = 128  # units in each of these layers (ours, for laptops; authors' code: 512)
     model_lr: Rate = 1e-3  # Adam step size of the model (ours; authors' code: RAdam, 1e-4)
     model_warm_up: Natural = 500  # model updates before the first critic update (ours)
-    model_updates: Natural = (
-        4  # model updates per step, 0: 1 to 4 by the replay (ours; theirs: 120 or more every 25)
-    )
+    model_updates: Natural = 4  # model updates per step, 0: 1 to 4 by the replay (ours; authors: 5 or more)
     normalize_every: Count = 1_000  # steps between refreshes of the mean and deviation of the inputs (ours)
 
 

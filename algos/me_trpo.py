@@ -109,7 +109,7 @@ class METRPO:
     cg_steps: Count = 10  # conjugate gradients of (6) (released)
     damping: Rate = 1e-5  # of H in (5) (released)
     fisher_rows: Count = 2_000  # drawn from the batch for H (ours; released: all 50 000)
-    check_every: Count = 5  # updates from one test (7) to the next (released)
+    check_every: Count = 5  # updates from one test (7) to the next; the last is tested, too (released)
     check_starts: Width = 50  # reset states, fixed for the run, that J_k averages (ours; released: 500)
     worse_share: Fraction = 0.3  # of the models may say that θ got worse in (7) (released)
     policy_patience: Count = 25  # updates without success of (7) that end the outer loop (released)
@@ -145,6 +145,8 @@ class Args(TrialRun, METRPO, ModelEnsemble):
     def __post_init__(self) -> None:
         check(self)
         require(self.horizon >= 1, "horizon", self.horizon, "at least 1")
+        most = f"at most --total-timesteps {self.total_timesteps}: or nothing is learned"
+        require(self.collect_steps <= self.total_timesteps, "collect_steps", self.collect_steps, most)
         enough = f"at least --collect-steps {self.collect_steps}"
         require(self.buffer_size >= self.collect_steps, "buffer_size", self.buffer_size, enough)
         held = held_out_count(self.collect_steps, self.held_out)
@@ -756,7 +758,7 @@ class Agent:
         for iteration in range(1, args.iterations + 1):
             rows = torch.randint(args.starts, (-(-args.imagined_steps // self.steps),), device=self.device)
             figures.append(self.improve_once(self.imagine_paths(others[rows], ends)))
-            if iteration % args.check_every == 0:
+            if iteration % args.check_every == 0 or iteration == args.iterations:
                 returns = self.returns_by_model(checks, ends)
                 if accepted(returns, best, args.worse_share):
                     best, kept, success = returns.clone(), theta.detach().clone(), iteration

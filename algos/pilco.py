@@ -192,7 +192,8 @@ def problem_of(args: Args, obs_dim: int) -> Problem:
         return value.expand(size).clone()
 
     mean, std, features = vector("start_mean", obs_dim), vector("start_std", obs_dim), obs_dim + len(angles)
-    require(bool((std > 0).all()), "start_std", given("start_std"), "positive")
+    fit = (std > 0).all() and std.square().isfinite().all()
+    require(bool(fit), "start_std", given("start_std"), "positive, with a finite square")
     weights = torch.tensor(json.loads(given("cost_weights")), dtype=torch.float64)
     if weights.dim() < 2:
         weights = vector("cost_weights", features).diag()

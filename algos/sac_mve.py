@@ -9,8 +9,9 @@ steps from s', and the target critics are trusted only where the imagined trajec
     y_t = r̂_t + γ (1 − d̂_t) (y_{t+1} − α log π(â_{t+1}|ŝ_{t+1})),   t = H−1 .. 0                (1b)
     y   = r + γ (1 − d) (y_0 − α log π(â_0|ŝ_0))                                                (1c)
 
-(1c) is sac.py's soft target and (1b) the same function applied to imagined steps, so that H = 0 is sac.py bit
-for bit. Only imagined actions carry entropy; a step that terminates pays its reward and nothing after counts.
+(1c) is sac.py's soft target and (1b) the same function applied to imagined steps, so that H = 0, with one
+particle, is sac.py bit for bit. Only imagined actions carry entropy; a step that terminates pays its reward
+and nothing after counts.
 The model is an ensemble of Gaussians and a termination classifier, trained on the replay beside the agent:
 
     L_p̂ = mean Σ_j ((δ_j − μ_j)² / σ_j² + log σ_j²) + 0.01 Σ_j (max_j − min_j),  δ = (s' − s, r)  (6)

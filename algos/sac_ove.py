@@ -16,10 +16,10 @@ with a perfect model, whose derivatives are differences of simulated steps:
     L_π = −mean (y_0 − α log π(â_0|ŝ_0)) / (K + 1),   y_K = min_i Q_i(ŝ_K, â_K),  y_t as in (1b)   (3a)
     ∂(ŝ_{t+1}, r̂_t) / ∂(ŝ_t, â_t)_k = (simulator((ŝ_t, â_t) + ε e_k) − simulator(ŝ_t, â_t)) / ε     (3b)
 
-H = K = 0 is sac.py bit for bit and needs no simulator. The replay also keeps the simulator's state after each
-step: float64, with the solver's warm start, because float32 would already be a model error of 1e-7 to 3e-4.
-Ten Gymnasium tasks are served by batched formulas, any other task on MuJoCo by a private copy that is
-restored and stepped: docs/sac_ove.md.
+H = K = 0, with one particle, is sac.py bit for bit and needs no simulator. The replay also keeps the
+simulator's state after each step: float64, with the solver's warm start, because float32 would already be a
+model error of 1e-7 to 3e-4. Ten Gymnasium tasks are served by batched formulas, any other task on MuJoCo by a
+private copy that is restored and stepped: docs/sac_ove.md.
 
     python algos/sac_ove.py --horizon 3
     python algos/sac_ove.py --horizon 5 --env-id Hopper-v5 --total-timesteps 50_000 --learning-starts 5_000

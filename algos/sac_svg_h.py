@@ -30,7 +30,7 @@ tdk regresses them at imagined pairs too (8), one-step replaces the target by r 
 --preset laptop, paper or released; where those two disagree, and what we chose: docs/sac_svg_h.md.
 
     python algos/sac_svg_h.py --horizon 2 --env-id HalfCheetah-v5 --total-timesteps 30_000
-    python algos/sac_svg_h.py --preset released --schedule mbpo/HalfCheetah-v0 --env-id HalfCheetah-v5
+    python algos/sac_svg_h.py --preset released --env-id Hopper-v5 --total-timesteps 100_000
     python algos/sac_svg_h.py --resume runs/<run>   # goes on where it stopped, in the same bits
 """
 

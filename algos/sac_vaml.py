@@ -114,7 +114,7 @@ class ValueAwareModel:
     outcomes: Literal["auto", "learned"] = "auto"  # r, d of (1b): known formula (paper), else learned
     model_interval: Count = 25  # steps from one fit of the model to the next (ours)
     fit_steps: Count = 120  # most gradient steps of a fit, but of the first, after the warm-up (library)
-    fit_epochs: Count = 10  # passes over the replay in a fit at most; 100 in the first (library)
+    fit_epochs: Count = 10  # passes over the replay in a fit at most (library); 100 in the first (ours)
     patience: Count = 5  # passes without a lower loss on held-out transitions after which a fit ends (ours)
     model_layers: Annotated[int, (1, 64)] = 2  # hidden layers of the model (paper)
     model_hidden: Width = 128  # units in each hidden layer of the model (library)

@@ -413,11 +413,8 @@ class Agent:
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, Tensor]:
         """The gradient steps of one environment step, the models' first. Metrics stay tensors."""
-        args, metrics, before = (
-            self.args,
-            {},
-            step - self.args.learning_starts - 1,
-        )  # steps with updates, so far
+        args, metrics = self.args, {}
+        before = step - args.learning_starts - 1  # steps with updates, so far
         for k in range(args.updates_per_step):
             updates = before * args.updates_per_step + k
             for _ in range(1 + args.model_warm_up * (updates == 0) if args.horizon > 0 else 0):

@@ -388,6 +388,8 @@ class PathReplay(ReplayBuffer):
         if episode != self.current:  # the one before is whole; the policy must have acted in all of it
             length = self.added - self.began
             usable = self.began >= warm_up and 0 < length < self.capacity
+            if self.agent.args.whole_episodes and length >= self.capacity:
+                warn(f"no policy step: an episode of {length} steps is not shorter than the replay")
             self.finished = (self.began, length) if usable else None
             self.current, self.began = episode, self.added
         super().add(obs, action, reward, next_obs, terminated, episode)

@@ -36,7 +36,8 @@ def arguments(algo: str) -> str:
                     raise ValueError(f"{algo}.py: {field.target.id}: must have its meaning behind it: # ...")
                 flag, default = field.target.id.replace("_", "-"), ast.literal_eval(field.value)
                 shown = f"{default:_}" if type(default) is int else default
-                parts[-1] += f"\n| `--{flag}` | `{shown!s}` | {behind[4:]} |"
+                meaning = behind[4:].replace("|", r"\|")  # no end of a cell
+                parts[-1] += f"\n| `--{flag}` | `{shown!s}` | {meaning} |"
     return "\n\n".join(parts).replace("`` |", "(empty) |")
 
 
@@ -55,8 +56,12 @@ def write(algo: str) -> list[str]:
 
 
 def main() -> None:
-    algos = [word for word in sys.argv[1:] if word != "--write"]
-    for algo in algos or sorted(path.stem for path in ALGOS.glob("*.py")):
+    known = sorted(path.stem for path in ALGOS.glob("*.py"))
+    algos = [word for word in sys.argv[1:] if word != "--write"] or known
+    if unknown := [algo for algo in algos if algo not in known]:
+        print(f"error: {unknown[0]}: must be one of {', '.join(known)}, or --write", file=sys.stderr)
+        sys.exit(2)
+    for algo in algos:
         if "--write" not in sys.argv:
             print(arguments(algo))
         elif missing := write(algo):

@@ -732,6 +732,7 @@ def test_presets():
 WRONG = {
     "--horizon 0": "--horizon 0: must be at least 1",
     "--buffer-size 999": "--buffer-size 999: must be at least --collect-steps 1000",
+    "--total-timesteps 900": "--collect-steps 1000: must be at most --total-timesteps 900: or",
     "--collect-steps 1 --learning-starts 1": "--held-out 0.2: must be such that of --collect-steps 1",
     "--held-out 0": "--held-out 0.0: must be in",
     "--draw-member never": "--draw-member",

@@ -585,6 +585,7 @@ WRONG = {
     "--cost-weights [[1,2],[0,1]]": "--cost-weights [[1,2],[0,1]]: must be a number, 4 or a symmetric matrix",
     "--cost-weights -1": "--cost-weights -1: must be a number, 4 or a symmetric matrix of 4 x 4",
     "--cost-width 0": "--cost-width 0.0: must be in",
+    "--policy rbf --start-std 1e200": "--start-std 1e200: must be positive, with a finite square",
     "--horizon 0": "--horizon 0: must be at least 1",
     "--points 1": "--points 1: must be at least 2",
     "--buffer-size 1": "--buffer-size 1: must be at least 2",

@@ -527,6 +527,17 @@ def test_the_policy_takes_one_step_for_each_whole_episode(monkeypatch):
     assert all(c[2].all() and c[2].shape == (7, 1) and c[3].tolist() == [1.0] for c in climbed)
 
 
+def test_an_episode_that_the_replay_cannot_hold_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(svg, "warn", told.append)
+    for flags in (["--whole-episodes"], []):
+        agent = make_agent("--learning-starts", 16, *flags)
+        buffer = agent.make_buffer(30, svg.make_env("tests.tasks:Cliff-v0"))
+        for i in range(61):
+            buffer.add([0.0], agent.act(np.zeros(1)), 0.0, [0.0], False, i // 30)
+    assert told == ["no policy step: an episode of 30 steps is not shorter than the replay"] * 2
+
+
 def test_a_restored_replay_knows_where_its_episode_began():
     agent = make_agent("--whole-episodes", "--learning-starts", 16)
     env = svg.make_env("tests.tasks:Cliff-v0")

@@ -49,6 +49,7 @@ def test_documented_runs_run(page, line, finished, tmp_path):
         (folder / "final.pt").unlink()
         assert learner(name)(module.parse(["--resume", str(folder)])) == folder
     else:
+        module.parse(words[2:])  # as it stands, too
         flags = [*shrink(words[2:], sizes), "--runs-dir", str(tmp_path)]
         assert (learner(name)(module.parse(flags)) / "final.pt").exists()
 

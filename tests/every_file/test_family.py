@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,15 @@ def test_file_runs_alone_in_an_empty_folder(name, tmp_path):
     for part in networks:
         a, b = (list(state["agent"][part].values()) for state in (first, last))
         assert all(not torch.equal(x, y) for x, y in zip(a, b, strict=True) if x.numel() > 8), part
+
+
+def test_commands_of_the_docstring_are_accepted(algo):
+    """As they stand, with nothing made smaller; a run to resume is looked for."""
+    lines = re.findall(rf"^    python algos/{algo}\.py.*", load(algo).__doc__, re.M)
+    commands = [shlex.split(line, comments=True)[2:] for line in lines]
+    assert len(commands) >= 3 and commands[-1] == ["--resume", "runs/<run>"]
+    for command in commands[:-1]:
+        load(algo).parse(command)
 
 
 def test_equations_are_tagged(algo):

@@ -70,7 +70,7 @@ class Run:
     eval_every: Count = 1_000  # steps between evaluations (ours; 5 000 is the custom for a million steps)
     eval_episodes: Count = 10  # per evaluation, deterministic policy (protocol of Fujimoto et al. 2018)
     log_every: Count = 100  # steps between TensorBoard points; only then are metrics read and checked (ours)
-    checkpoint_every: Annotated[int | None, (1, math.inf)] = None  # steps; None: 5 000 or 1/50 of the run
+    checkpoint_every: Annotated[int | None, (1, math.inf)] = None  # steps; None: 5 000 or 1/50, or 2 minutes
     runs_dir: str = "runs"  # parent of the run folders
     resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
@@ -626,8 +626,9 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
         self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
         self.episode += count  # only between episodes is the task's state no more than its generator's
-        every, total = self.args.checkpoint_every, self.args.total_timesteps
-        if self.saved + (every or max(5_000, total / 50)) <= self.step < total:
+        every, slow = self.args.checkpoint_every, time.perf_counter() > self.saved_at + 120  # seconds
+        least = every or (not slow and max(5_000, self.args.total_timesteps / 50))
+        if self.saved + least <= self.step < self.args.total_timesteps:
             self.save("checkpoint.pt")
 
     def evaluate(self) -> None:  # a row of eval.csv, points in TensorBoard, a line on the screen
@@ -684,7 +685,7 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
         self.write(name, lambda file: torch.save(state, file))
         record = {k: state[k] for k in ("algo", "args", "history")} | self.history[-1]  # for people and tools
         self.write("args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
-        self.saved = self.step
+        self.saved, self.saved_at = self.step, time.perf_counter()
 
     def restore(self) -> None:  # BadInput where the run would not be one and the same
         saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"

@@ -79,7 +79,7 @@ class EpisodicRun:
     env_threads: Annotated[int, (1, 1024)] = 1  # CPU threads that step them; MuJoCo lets go of Python's lock
     eval_every: Count = 2_000  # evaluate after the cycle that reaches a multiple (ours; Plappert: 95 000)
     eval_episodes: Count = 100  # per evaluation, deterministic policy, the same goals (ours; Plappert: 190)
-    checkpoint_every: Annotated[int | None, (1, math.inf)] = 20_000  # steps; None: 5 000 or 1/50 of the run
+    checkpoint_every: Annotated[int | None, (1, math.inf)] = 20_000  # steps; None: 5 000, 1/50 or 2 minutes
     runs_dir: str = "runs"  # parent of the run folders
     resume: str = ""  # run folder to go on with, by its own arguments; only --total-timesteps may be raised
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
@@ -1108,8 +1108,9 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
         self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.bar.set_postfix_str(f"return={episode['r']:.1f}", refresh=False)
         self.episode += count  # only between episodes is the task's state no more than its generator's
-        every, total = self.args.checkpoint_every, self.args.total_timesteps
-        if self.saved + (every or max(5_000, total / 50)) <= self.step < total:
+        every, slow = self.args.checkpoint_every, time.perf_counter() > self.saved_at + 120  # seconds
+        least = every or (not slow and max(5_000, self.args.total_timesteps / 50))
+        if self.saved + least <= self.step < self.args.total_timesteps:
             self.save("checkpoint.pt")
 
     def evaluate(self) -> None:  # a row of eval.csv, points in TensorBoard, a line on the screen
@@ -1166,7 +1167,7 @@ class RunFolder(contextlib.AbstractContextManager):  # what a run leaves on disk
         self.write(name, lambda file: torch.save(state, file))
         record = {k: state[k] for k in ("algo", "args", "history")} | self.history[-1]  # for people and tools
         self.write("args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
-        self.saved = self.step
+        self.saved, self.saved_at = self.step, time.perf_counter()
 
     def restore(self) -> None:  # BadInput where the run would not be one and the same
         saved, args, final = load_checkpoint(self.path), self.args, self.path / "final.pt"

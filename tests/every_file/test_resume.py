@@ -316,24 +316,28 @@ def test_checkpoint_holds_everything(stepwise, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("every", "total", "steps"),
+    ("every", "total", "pace", "steps"),
     [
-        (None, 20_000, [5_000, 10_000, 15_000]),
-        (None, 1_000_000, list(range(20_000, 1_000_000, 20_000))),  # each holds the whole replay
-        (300_000, 1_000_000, [300_000, 600_000, 900_000]),
-        (999, 3_000, [1_000, 2_000]),
+        (None, 20_000, 1, [5_000, 10_000, 15_000]),
+        (None, 1_000_000, 1, list(range(20_000, 1_000_000, 20_000))),  # each holds the whole replay
+        (None, 1_000_000, 0.02, list(range(3_000, 1_000_000, 3_000))),  # a thousand steps take 50 s
+        (300_000, 1_000_000, 0.02, [300_000, 600_000, 900_000]),
+        (999, 3_000, 1, [1_000, 2_000]),
     ],
 )
-def test_checkpoints_are_few(every, total, steps):
-    """Episodes of a thousand steps: by default every 5 000 or a fiftieth of the run, whichever is more."""
+def test_checkpoints_are_few(every, total, pace, steps, monkeypatch):
+    """Episodes of a thousand steps, `pace` of them a millisecond: by default a checkpoint every 5 000 or a
+    fiftieth of the run, whichever is more, but one after two minutes in any case."""
     module, found = load("sac"), []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: run.step / pace / 1000)
     args = SimpleNamespace(checkpoint_every=every, total_timesteps=total)
     ignored = SimpleNamespace(set_postfix_str=lambda *_, **__: None)
     run = SimpleNamespace(args=args, bar=ignored, log=lambda scalars: None, episode=0, saved=0, step=0)
+    run.saved_at = 0
 
     def save(name):
         found.append(run.step)
-        run.saved = run.step
+        run.saved, run.saved_at = run.step, module.time.perf_counter()
 
     run.save = save
     for run.step in range(1_000, total + 1, 1_000):

@@ -4,8 +4,8 @@
     python -m experiments.agents.watch agents/HalfCheetah-v5             # plays it like any run
 
 `load` of the file that made it reads such a folder, too; it cannot be resumed, since what it would go on from
-is left out. Of an unfinished run it is the agent of the last checkpoint. The folder must be new. Exit code 2
-for a mistake, which leaves nothing on disk.
+is left out. Of an unfinished run it is the last checkpoint's agent, in checkpoint.pt, with the evaluations up
+to there. The folder must be new. Exit code 2 for a mistake, which leaves nothing on disk.
 """
 
 import shutil
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from experiments.report.commands import Parser, mistake
+from experiments.report.tables import write_table
 
 NAMES = ("final.pt", "checkpoint.pt", "checkpoint.previous.pt")
 LEFT_OUT = ("buffer", "torch_rng", "cuda_rng", "task_rng")  # what only a run that goes on needs
@@ -39,16 +40,15 @@ def keep(run: Path, out: Path) -> int:
         state = small(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # missing and damaged files raise many types
         raise ValueError(f"{run}: must be a run's folder with a readable {path.name}: {error!r}") from None
-    for name in ("args.json", "eval.csv"):
-        if not (run / name).is_file():
-            raise ValueError(f"{run}: must be a run's folder with its {name}")
+    if not (run / "args.json").is_file():
+        raise ValueError(f"{run}: must be a run's folder with its args.json")
     if out.exists():
         raise ValueError(f"{out}: must be a folder that does not exist yet")
     try:
         out.mkdir(parents=True)
-        torch.save(state, out / "final.pt")
-        for name in ("args.json", "eval.csv"):
-            shutil.copyfile(run / name, out / name)
+        torch.save(state, out / ("final.pt" if path.name == "final.pt" else "checkpoint.pt"))
+        shutil.copyfile(run / "args.json", out / "args.json")
+        write_table(out / "eval.csv", state["rows"][0], state["rows"])  # none later than the agent
     except (OSError, RuntimeError) as error:  # the latter of a full disk, from torch.save
         shutil.rmtree(out, ignore_errors=True)
         raise ValueError(f"{out}: must be a folder that can be written: {error}") from None

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from experiments.algorithms import ROOT
 from experiments.bench.jobs import Job
+from experiments.bench.options import PATIENCE
 from experiments.bench.work import Progress, TimeIsUp, run_alone, settle
+
+STOPPING = 2 * PATIENCE  # seconds that all runs of the cluster have to stop in
 
 
 def end_with_parent() -> None:
@@ -28,7 +31,7 @@ def connect(address: str) -> None:
     """Join the cluster at `address`, or with auto the machine's. Raises ValueError if there is none."""
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its future default; `task` sees to it
     host, _, port = address.rpartition(":")
     try:
         if port.isdecimal() and "/" not in host:  # Ray itself would try for minutes
@@ -42,9 +45,11 @@ def connect(address: str) -> None:
         ) from None
 
 
-def task(job: Job) -> int:
-    """What a node does: one job; the run ends with the worker that began it."""
-    return run_alone(job, **{"preexec_fn": end_with_parent} if sys.platform == "linux" else {})
+def task(job: Job, sees_gpus: bool) -> int:
+    """What a node does: one job; the run ends with the worker that began it. Ray shows one that reserved no
+    GPU all of them."""
+    options = {"preexec_fn": end_with_parent} if sys.platform == "linux" else {}
+    return run_alone(job, env={} if sees_gpus else {"CUDA_VISIBLE_DEVICES": ""}, **options)
 
 
 def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = math.inf) -> None:
@@ -63,7 +68,7 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = ma
     remote = ray.remote(max_retries=retries, **needs)(task)
     progress, begun, started = Progress(jobs), time.monotonic(), {}
     sizes = {job.name: size(job.log) for job in jobs}
-    pending = {remote.remote(job): job for job in jobs}
+    pending = {remote.remote(job, needs["num_gpus"] > 0): job for job in jobs}
     try:
         while pending:
             ended, _ = ray.wait(list(pending), timeout=0.5)
@@ -85,7 +90,7 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = ma
         for ref in pending:
             ray.cancel(ref)
         if pending:
-            ray.wait(list(pending), num_returns=len(pending), timeout=60)
+            ray.wait(list(pending), num_returns=len(pending), timeout=STOPPING)
         progress.close()
         ray.shutdown()
 

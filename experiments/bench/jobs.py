@@ -47,7 +47,8 @@ def suite_names() -> list[str]:
 
 
 def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]:
-    """What the suite says of itself, and its blocks of algos, env_ids, seeds, flags, each with its `suite`.
+    """What the suite says of itself, and its blocks of algos, env_ids, seeds, flags, each with its `suite`,
+    and whether that is the user's `own`.
 
     `name` is that of a file in bench/suites/ or a path; `include` names other suites, whose blocks come first
     and stay theirs; a block that sweeps flags becomes one for each of their values. Raises ValueError for
@@ -87,7 +88,8 @@ def read_suite(name: str, above: tuple[str, ...] = ()) -> tuple[str, list[dict]]
     if not (blocks or included):
         raise ValueError(f"--suite {name}: must have at least one block [[runs]]")
     about = f"{suite.get('about', name)}\nexpected cost: {suite.get('cost', 'unknown')}"
-    return about, [*included, *(part | {"suite": path.stem} for block in blocks for part in swept(block))]
+    origin = {"suite": path.stem, "own": path.resolve().parent != SUITES}
+    return about, [*included, *(part | origin for block in blocks for part in swept(block))]
 
 
 def swept(block: dict) -> list[dict]:
@@ -112,13 +114,20 @@ def suite_jobs(name: str, runs_dir: str, threads: int, extra: list[str], fresh: 
     """What the suite says of itself, and its jobs, seed by seed. Raises ValueError."""
     about, blocks = read_suite(name)
     jobs: dict[tuple, Job] = {}
+    seen: dict[tuple, Job] = {}
     for seed in dict.fromkeys(str(seed) for block in blocks for seed in block["seeds"]):
         for block in blocks:
             parts = (block["algos"], block["env_ids"], [seed] * (seed in map(str, block["seeds"])))
             flags = [*shlex.split(block.get("flags", "")), *extra]
-            for job in plan(*parts, runs_dir, threads, flags, block["suite"], fresh or bool(extra)):
+            anew = fresh or bool(extra) or block["own"]  # docs/results/ has the suites as they are
+            for job in plan(*parts, runs_dir, threads, flags, block["suite"], anew):
                 same = job.suite, job.algo, json.dumps(job.wanted, sort_keys=True)
                 jobs.setdefault(same, job)  # a sweep repeats who lacks the flag
+                other = seen.setdefault((job.suite, place_of(job), seed), job).wanted
+                if differ := [flag for flag, value in job.wanted.items() if value != other[flag]]:
+                    flag, rule = differ[0], "must be the same in runs that differ in nothing else: a report"
+                    values = f"{other[flag]} and {job.wanted[flag]}"
+                    raise ValueError(f"--suite {name}: {flag} {values}: {rule} would take them for one")
     return about, list(jobs.values())
 
 
@@ -195,7 +204,9 @@ def find_run(runs_dir: Path, algo: str, wanted: dict, any_version: bool = False)
             record = json.loads((folder / "args.json").read_text())
         except (OSError, ValueError):
             continue
-        saved = record.get("args", {})
+        saved = record.get("args") if isinstance(record, dict) else None
+        if not isinstance(saved, dict):
+            continue
         saved |= {"env_id": task_of(str(saved.get("env_id")))}
         common = [name for name in wanted if name in saved and name not in free]
         if record.get("algo") != algo or any(saved[name] != wanted[name] for name in common):

@@ -152,7 +152,7 @@ def main() -> int:
             connect(args.ray)
             needs = {"num_cpus": args.num_threads, "memory": int(args.memory * 1e9), "num_gpus": args.gpus}
             run_all = functools.partial(execute_on_ray, needs=needs, retries=args.retries)
-        until = began + args.time_limit - PATIENCE  # which a run that must be killed takes
+        until = began + args.time_limit - PATIENCE * (2 if args.ray else 1)  # of runs that must be killed
         code = carry_out(jobs, runs_dir, args.workers, args.dry_run, run_all, until)
         if args.suite and not args.dry_run and code < 2:
             report_on(jobs, Path(args.suite).stem, runs_dir)

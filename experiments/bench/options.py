@@ -22,7 +22,7 @@ def command_line(about: str | None = None) -> Parser:
     """The launcher's options, all that stands before the --."""
     usage = "%(prog)s [options] [-- flags for the algorithms]"
     parser = Parser(about, prog="benchmark.sh", usage=usage, allow_abbrev=False)
-    split = lambda text: list(dict.fromkeys(part for part in text.split(",") if part))
+    split = lambda text: list(dict.fromkeys(part for part in map(str.strip, text.split(",")) if part))
     add, count, amount = parser.add_argument, at_least(1), at_least(0, float)
     add("--algos", type=split, help="files of algos/ (default: sac,sac_mve)")
     add("--env-ids", type=split, help="Gymnasium ids (default: InvertedPendulum-v5)")

@@ -77,9 +77,9 @@ def lock_of(job: Job) -> Path:
     return job.log.parent / f"{hashlib.sha256(same.encode()).hexdigest()[:16]}.lock"
 
 
-def run_alone(job: Job, stop=lambda: False, wait: bool = True, **options) -> int | None:
-    """Carry out one job from its last checkpoint; its exit code. While somebody else works at it: after them,
-    or, without `wait`, not at all: None.
+def run_alone(job: Job, stop=lambda: False, wait: bool = True, env=None, **options) -> int | None:
+    """Carry out one job from its last checkpoint, in an environment with `env`; its exit code. While somebody
+    else works at it: after them, or, without `wait`, not at all: None.
 
     Waits are short, so that stop() and Ray, which interrupts between two of them, end the job soon.
     """
@@ -95,7 +95,7 @@ def run_alone(job: Job, stop=lambda: False, wait: bool = True, **options) -> int
             return 0
         log.write(os.fsencode(f"$ {shlex.join(job.command)}\n"))
         log.flush()
-        options |= {"stdout": log, "stderr": log, "cwd": job.cwd, "env": environment()}
+        options |= {"stdout": log, "stderr": log, "cwd": job.cwd, "env": environment() | (env or {})}
         options |= {"pass_fds": [lock.fileno()]} if fcntl else {}
         process = subprocess.Popen(job.command, **options)
         try:

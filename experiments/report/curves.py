@@ -17,7 +17,15 @@ from pathlib import Path
 
 from experiments.report.commands import Parser, at_least, check_output, mistake
 from experiments.report.pictures import clean, draw, legend_below, looks_of, pyplot, save, seeds_of
-from experiments.report.reading import Curve, at_common_steps, in_order, parts_of, read_folder, settings_of
+from experiments.report.reading import (
+    Curve,
+    at_common_steps,
+    in_order,
+    method_of,
+    parts_of,
+    read_folder,
+    settings_of,
+)
 from experiments.report.tables import write_table
 
 Methods = dict[str, list[Curve]]
@@ -109,7 +117,7 @@ def plot_scalars(rows: list[dict], tags: list[str], out: Path) -> None:
     """A line of panels per task, a panel per tag: mean over seeds and their band, as for returns."""
     tasks = list(dict.fromkeys(row["env_id"] for row in rows))
     methods = list(dict.fromkeys((row["algo"], row["settings"]) for row in rows))
-    names = {method: f"{method[0]}, {method[1].replace('__', ', ').replace('-', ' ')}" for method in methods}
+    names = {method: method_of(*method) for method in methods}
     looks = looks_of(names.values())
     size = {"figsize": (4 * len(tags), 3 * len(tasks) + 0.2 * len(methods)), "squeeze": False}
     figure, grid = pyplot().subplots(len(tasks), len(tags), layout="constrained", **size)

@@ -129,7 +129,8 @@ def parts_of(run: Path) -> tuple[str, str, str]:
 
 def method_of(algo: str, settings: str) -> str:
     """How tables call it: sac_mve, horizon 3."""
-    return algo if settings == "default" else f"{algo}, {settings.replace('__', ', ').replace('-', ' ')}"
+    named = [part.replace("-", " ", 1) for part in settings.split("__")]  # a value may have a sign
+    return algo if settings == "default" else ", ".join([algo, *named])
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -173,6 +174,10 @@ def at_common_steps(
 ) -> tuple[list[float], list[list[float]]]:
     """Steps [k] that all have, and the values of every curve there, [k][curves]."""
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
+    if not steps:
+        raise ValueError(
+            f"{curves[0].method or 'a method'}: must have a step at which all seeds were evaluated"
+        )
     return steps, [[float(c.values[column][c.steps == step][0]) for c in curves] for step in steps]
 
 

@@ -49,15 +49,16 @@ def jobs_of(
     methods: list[str], horizons: list[int], env_id: str, seeds: list[str], runs_dir: str, extra: list[str]
 ):
     """All runs, short horizons first so that one can compare early. Raises ValueError on bad input."""
-    jobs, sac = [], load("sac")
+    jobs, sac, ove = [], load("sac"), load("sac_ove")
+    own = lambda module: [w for group in split_flags(extra) if has_flag(module, group[0]) for w in group]
     for horizon in sorted(horizons):
         ahead = [method for method in methods if method != "actor"]
         parts = [(ahead, [*extra, "--horizon", str(horizon)])] if ahead else []
         if "actor" in methods:
-            parts.append((["sac_ove"], [*extra, "--horizon", "0", "--actor-horizon", str(horizon)]))
-        if horizon == 0:  # flags of the other files mean nothing to sac.py
-            flags = [word for group in split_flags(extra) if has_flag(sac, group[0]) for word in group]
-            parts = [(["sac"], flags)]
+            words = ["--horizon", "0", "--actor-horizon", str(horizon)]
+            parts.append((["sac_ove"], [*own(ove), *words]))  # a model's flags mean nothing to it
+        if horizon == 0:
+            parts = [(["sac"], own(sac))]
         for algos, flags in parts:
             jobs += plan(algos, [env_id], seeds, runs_dir, 1, flags)
     return jobs

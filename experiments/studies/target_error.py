@@ -451,13 +451,16 @@ def main() -> int:
                 raise ValueError(f"{args.runs[number]}: must not be there twice, nor another run like it")
     except ValueError as error:
         return mistake(error)
-    for run in runs:
-        table += measure(run, args.horizon, args.starts, args.returns)
-        if args.csv:
-            write_table(args.csv, FIELDS, table)
-    print(show(table))
-    if args.figure:
-        plot(table, table[0]["env_id"], args.figure)
+    try:
+        for run in runs:
+            table += measure(run, args.horizon, args.starts, args.returns)
+            if args.csv:
+                write_table(args.csv, FIELDS, table)
+        print(show(table))
+        if args.figure:
+            plot(table, table[0]["env_id"], args.figure)
+    except OSError as error:  # a disk that is full by now
+        return mistake(error)
     return 0
 
 

@@ -381,6 +381,18 @@ def test_a_kept_agent_plays_as_its_run_and_is_small(loop, finished, tmp_path, ca
     assert sorted(path.read_bytes() for path in out.iterdir()) == before
 
 
+def test_an_unfinished_run_is_kept_as_one(tmp_path):
+    """Its agent is the last checkpoint's; evaluations that came later are not its own."""
+    folder = run("sac", tmp_path / "runs", "--checkpoint-every", 150)
+    (folder / "final.pt").unlink()
+    steps = [row["step"] for row in torch.load(folder / "checkpoint.pt", weights_only=True)["rows"]]
+    keep.keep(folder, tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"checkpoint.pt", "args.json", "eval.csv"}
+    assert [int(row[0]) for row in evaluations(tmp_path / "kept")[1:]] == steps
+    assert len(evaluations(folder)) > len(steps) + 1
+    look(tmp_path / "kept")
+
+
 def test_mistakes_of_keeping(finished, tmp_path, capsys, monkeypatch):
     folder = finished("sac_mve", tmp_path)
     (tmp_path / "there").mkdir()

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from experiments.bench.cluster import task
+from experiments.bench.jobs import plan
 from tests.conftest import ROOT, TINY, differing, long, run
 
 pytest.importorskip("ray")
@@ -105,6 +107,16 @@ def test_stopping_leaves_the_cluster_clean(cluster, tmp_path):
     out, error = process.communicate(timeout=240)
     assert process.returncode == 1 and out.count("resumed") >= 1, error
     assert "4 runs, 2 complete, 2 failed" in out and "LateNan" in error
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(False, ""), (True, "0,1")])
+def test_a_run_without_a_gpu_of_its_own_sees_none(gpus, seen, tmp_path, monkeypatch):
+    """Where Ray leaves all of a machine's GPUs in sight."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (job,) = plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path), 1, [])
+    job.command = [sys.executable, "-c", "import os; print('seen', repr(os.environ['CUDA_VISIBLE_DEVICES']))"]
+    job.log.parent.mkdir()
+    assert task(job, gpus) == 0 and f"seen {seen!r}" in job.log.read_text()
 
 
 def test_no_cluster_is_one_line(tmp_path):

@@ -320,6 +320,44 @@ def test_published_runs_are_not_run_again(tmp_path):
     assert "published /" not in other  # results are of the suite as it is
 
 
+def test_a_suite_of_ones_own_is_nowhere_published(tmp_path):
+    """Under the name of one of ours, too."""
+    place = ROOT / "docs" / "results" / "svg" / "experiments.tasks-poplin-Swimmer-v0"
+    assert place.is_dir()
+    (tmp_path / "svg.toml").write_text((jobs.SUITES / "svg.toml").read_text())
+    assert any(job.result for job in jobs.suite_jobs("svg", str(tmp_path), 1, [])[1])
+    assert not any(job.result for job in jobs.suite_jobs(str(tmp_path / "svg.toml"), str(tmp_path), 1, [])[1])
+
+
+def test_runs_that_a_report_would_take_for_one_are_refused(tmp_path):
+    """A sweep of what is no setting in reports, or such a difference between two blocks."""
+    suite = tmp_path / "mine.toml"
+    block = '[[runs]]\nalgos = ["sac"]\nenv_ids = ["Pendulum-v1"]\nseeds = [1]\n'
+    for text in (
+        block + "learning_starts = [1000, 2000]\n",
+        f'{block}flags = "--learning-starts 1_000"\n{block}flags = "--learning-starts 2_000"\n',
+    ):
+        suite.write_text(text)
+        code, _, error = benchmark("--suite", suite, "--runs-dir", tmp_path / "runs", "--dry-run")
+        assert code == 2 and "learning_starts 1000 and 2000: must be the same in runs that differ" in error
+    suite.write_text(block + "gamma = [0.9, 0.99]\n")
+    assert benchmark("--suite", suite, "--runs-dir", tmp_path / "runs", "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize("record", ["[]", '{"algo": "sac", "args": []}', "3"])
+def test_broken_records_are_no_runs(record, tmp_path):
+    folder = tmp_path / "Pendulum-v1__sac__1__20260101-000000-000000"
+    folder.mkdir()
+    (folder / "args.json").write_text(record)
+    (job,) = jobs.plan(["sac"], ["Pendulum-v1"], ["1"], str(tmp_path), 1, [])
+    assert job.state == "new"
+
+
+def test_spaces_after_commas(tmp_path):
+    _, out, _ = benchmark("--env-ids", "Hopper-v5, Swimmer-v5", "--seeds", "1", "--algos", "sac", "--dry-run")
+    assert "--env-id Swimmer-v5 " in out
+
+
 def test_published_means_as_far_and_as_often(tmp_path, monkeypatch):
     """An export that ends earlier, or was evaluated at other steps, is not the run that is asked for."""
     flags = ["--total-timesteps", "4000", "--eval-every", "1000"]

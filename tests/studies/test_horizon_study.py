@@ -113,6 +113,16 @@ def test_horizon_folders_side_by_side(tmp_path):
     assert done.returncode == 2 and "must have other methods than the folders before: sac_mve" in done.stderr
 
 
+def test_flags_go_to_the_files_that_have_them(tmp_path):
+    """A model's to sac_mve.py alone: the actor's runs are sac_ove.py's, H = 0 is sac.py's."""
+    extra = ["--total-timesteps", "6000", "--model-lr", "1e-4"]
+    jobs = study.jobs_of(["sac_mve", "actor"], [0, 3], "Pendulum-v1", ["1"], str(tmp_path), extra)
+    flags = {job.algo: " ".join(job.command) for job in jobs}
+    assert "--model-lr" in flags["sac_mve"] and "--actor-horizon 3" in flags["sac_ove"]
+    assert not any("--model-lr" in flags[algo] for algo in ("sac", "sac_ove"))
+    assert all(job.steps == 6000 for job in jobs) and len(jobs) == 3
+
+
 @long
 def test_horizon_study_plans_runs_and_skips(tmp_path):
     """H = 0 once per seed, through sac.py; a second call finds everything finished."""

@@ -6,10 +6,10 @@ simulator, and along recorded steps, over horizons; and the actor's own objectiv
     python -m experiments.studies.horizon_study plot results/mine/InvertedPendulum-v5 --out study.png
 
 `run` starts whatever is not finished yet and resumes what was cut off (as benchmark.sh does); flags after --
-go to every file. H = 0 is sac.py for all of them and runs once per seed. `plot` prints the area under each
-learning curve (the mean return over the steps) with a 95 % interval over seeds (Student's t), the
-differences that the claims R1 to R5 speak of, and draws one panel per method, one line per horizon: mean and
-standard deviation over seeds. Extra `bench`.
+go to every file that has them. H = 0 is sac.py for all of them and runs once per seed. `plot` prints the area
+under each learning curve (the mean return over the steps) with a 95 % interval over seeds (Student's t) and
+the differences that the claims R1 to R5 speak of, at every horizon (verdicts are docs/claims.md's), and draws
+one panel per method, one line per horizon: mean and standard deviation over seeds. Extra `bench`.
 """
 
 import os

@@ -586,9 +586,8 @@ class Agent:
         self.clip = args.actor_clip or (10.0 if args.horizon >= 5 else math.inf)
 
     def make_buffer(self, capacity: int, env: gym.Env) -> ReplayBuffer:
-        """The replay that `train` fills with steps of env; says whether the rule of its ends is known."""
+        """The replay that `train` fills with steps of env; also looks for the rule of its terminations."""
         self.rule = known_termination(env) if self.args.termination_rule == "auto" else None
-        tqdm.write(f"termination: {'learned' if self.rule is None else 'by the rule of the task'}")
         if self.rule is not None:
             del self.termination, self.termination_optimizer
         longest = max(0, self.args.total_timesteps - self.args.learning_starts - 1) // self.args.epoch_length

@@ -114,7 +114,7 @@ SABOTAGES = [  # name, old text, new text, test modules
     ("oracle: the ended count for the actor", "return -(alive * value).sum()", "return -value.sum()", ORACLE),
     ("oracle: no gradient through states", "return by_state, by_action, None, None", "return 0 * by_state, by_action, None, None", ORACLE),
     ("oracle: actions moved outwards", "np.where(action > 0, -1, 1) *", "np.where(action > 0, 1, -1) *", ORACLE),
-    ("oracle: a bonus is a slope", "jacobian[:, -1][np.abs(jacobian[:, -1]) > 1e4] = 0", "pass", ORACLE),
+    ("oracle: a bonus is a slope", "jacobian[:, -1][np.abs(jacobian[:, -1]) > 10 / np.sqrt(np.abs(moves))] = 0", "pass", ORACLE),
     ("oracle: actor's entropy left out", "[0] - alpha * ahead.log_prob[0]", "[0]", ORACLE),
     ("oracle: actions not scaled", "np.clip(self.copy.env.func(action), bounds", "np.clip(action, bounds", ORACLE),
     ("oracle: lagged places not put back", "array[...] = row[at", "_ = row[at", ORACLE),

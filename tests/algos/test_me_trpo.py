@@ -343,8 +343,15 @@ def test_nothing_better_keeps_the_policy(monkeypatch):
 
 def test_iterations_end_the_outer_loop(monkeypatch):
     agent, _ = agent_of("--iterations", 12)
-    thetas, count, _ = scripted(agent, monkeypatch, {0: 0.0, 5: 1.0, 10: 2.0})
+    thetas, count, _ = scripted(agent, monkeypatch, {0: 0.0, 5: 1.0, 10: 2.0, 12: 1.5})
     assert count == 12 and torch.equal(agent.actor.theta, thetas[10])
+
+
+def test_the_last_update_is_tested_too(monkeypatch):
+    """Fewer updates than from one test to the next: what they gained is kept."""
+    agent, _ = agent_of("--iterations", 3)
+    thetas, count, _ = scripted(agent, monkeypatch, {0: 0.0, 3: 1.0})
+    assert count == 3 and torch.equal(agent.actor.theta, thetas[3])
 
 
 def test_all_models_returns_replace_the_best(monkeypatch):

@@ -69,9 +69,16 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = ma
     progress, begun, started = Progress(jobs), time.monotonic(), {}
     sizes = {job.name: size(job.log) for job in jobs}
     pending = {remote.remote(job, needs["num_gpus"] > 0): job for job in jobs}
+    signals, told = (
+        (signal.SIGINT, signal.SIGTERM),
+        [],
+    )  # noted: one that is raised in a callback of Ray's is lost
+    before = [signal.signal(number, lambda number, _: told.append(number)) for number in signals]
     try:
         while pending:
             ended, _ = ray.wait(list(pending), timeout=0.5)
+            if told:
+                raise KeyboardInterrupt if told[0] == signal.SIGINT else SystemExit(128 + told[0])
             for job in jobs:  # on the shared folder its log says that a task has begun
                 if job.name not in started and size(job.log) > sizes[job.name]:
                     started[job.name] = time.monotonic()
@@ -87,6 +94,8 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = ma
             if pending and time.monotonic() > until:
                 raise TimeIsUp
     finally:
+        for number, handler in zip(signals, before, strict=True):  # once more stops at once
+            signal.signal(number, handler)
         for ref in pending:
             ray.cancel(ref)
         if pending:

@@ -69,10 +69,7 @@ def execute_on_ray(jobs: list[Job], needs: dict, retries: int, until: float = ma
     progress, begun, started = Progress(jobs), time.monotonic(), {}
     sizes = {job.name: size(job.log) for job in jobs}
     pending = {remote.remote(job, needs["num_gpus"] > 0): job for job in jobs}
-    signals, told = (
-        (signal.SIGINT, signal.SIGTERM),
-        [],
-    )  # noted: one that is raised in a callback of Ray's is lost
+    signals, told = (signal.SIGINT, signal.SIGTERM), []  # noted: raised in a callback of Ray's one is lost
     before = [signal.signal(number, lambda number, _: told.append(number)) for number in signals]
     try:
         while pending:

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from experiments.algorithms import ROOT
-from experiments.report import curves, summary
+from experiments.report import curves, pictures, summary
 from experiments.report.commands import Parser, mistake
 from experiments.report.pictures import looks_of
-from experiments.report.reading import RESULTS, grouped, read_all
+from experiments.report.reading import RESULTS, at_common_steps, grouped, read_all
 from experiments.studies import (
     gps_local_models,
     horizon_study,
@@ -154,6 +154,28 @@ def draw_model_error(out: Path) -> None:
     model_error.plot(rows, f"HalfCheetah-v5: {rows[0]['horizon']}-step prediction", out)
 
 
+def draw_standard(out: Path) -> None:
+    """SAC and TD3 on three standard tasks, with what TD3's authors published of the tasks' first version."""
+    figure, panels = pictures.pyplot().subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+    looks = pictures.looks_of(("sac", "td3"))
+    authors = rows_of("gpu-td3/authors.csv")
+    for axes, name in zip(panels, ("HalfCheetah", "Hopper", "Walker2d"), strict=True):
+        folders = [RESULTS / suite / f"{name}-v5" for suite in ("gpu-sac", "gpu-td3")]
+        for method, runs in curves.read(folders).items():
+            label = f"{method} ({pictures.seeds_of([len(runs)])})"
+            pictures.draw(axes, *at_common_steps(runs), looks[method], label)
+        theirs = [row for row in authors if row["task"] == f"{name}-v1"]
+        steps, means, spread = ([row[key] for row in theirs] for key in ("step", "return_mean", "return_std"))
+        label = "TD3's authors, paper's settings, v1 (mean ± deviation of 10 seeds)"
+        axes.errorbar(steps, means, spread, fmt="k.", lw=1, capsize=2, label=label)
+        axes.set(title=f"{name}-v5", xlabel="environment steps")
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
+        pictures.clean(axes)
+    panels[0].set_ylabel("return (deterministic policy)")
+    pictures.legend_below(figure, 3)
+    pictures.save(figure, out)
+
+
 def draw_scalars(out: Path) -> None:
     """What VAML's models were like while they learned."""
     rows = rows_of("vaml/online.csv")
@@ -171,6 +193,7 @@ PICTURES = {f"{name}.png": functools.partial(draw_curves, name) for name in CURV
     "mve_min_ball.png": functools.partial(draw_suite, "mve-min-ball", "TorqueBall-v0"),
     "mve_min_ball_horizons.png": functools.partial(draw_suite_horizons, "mve-min-ball", "TorqueBall-v0"),
     "quick_InvertedPendulum-v5.png": functools.partial(draw_suite, "quick", "InvertedPendulum-v5"),
+    "standard.png": draw_standard,
     "steve_toy.png": functools.partial(draw_chain, "steve_toy/chain.csv"),
     "vaml_artificial.png": lambda out: vaml_artificial.plot(texts_of("vaml/artificial.csv"), out),
     "vaml_frozen_Hopper-v5.png": lambda out: vaml_frozen.plot(texts_of("vaml/frozen.csv"), out),

@@ -157,18 +157,19 @@ def draw_model_error(out: Path) -> None:
 def draw_standard(out: Path) -> None:
     """SAC and TD3 on three standard tasks, with what TD3's authors published of the tasks' first version."""
     figure, panels = pictures.pyplot().subplots(1, 3, figsize=(10, 3.6), layout="constrained")
-    looks = pictures.looks_of(("sac", "td3"))
+    looks = pictures.looks_of(("sac", "td3", paper := "td3, the paper's settings"))
     authors = rows_of("gpu-td3/authors.csv")
-    for axes, name in zip(panels, ("HalfCheetah", "Hopper", "Walker2d"), strict=True):
-        folders = [RESULTS / suite / f"{name}-v5" for suite in ("gpu-sac", "gpu-td3")]
+    for axes, task in zip(panels, ("HalfCheetah", "Hopper", "Walker2d"), strict=True):
+        folders = [RESULTS / suite / f"{task}-v5" for suite in ("gpu-sac", "gpu-td3")]
         for method, runs in curves.read(folders).items():
-            label = f"{method} ({pictures.seeds_of([len(runs)])})"
-            pictures.draw(axes, *at_common_steps(runs), looks[method], label)
-        theirs = [row for row in authors if row["task"] == f"{name}-v1"]
+            name = method if method in looks else paper
+            label = f"{name} ({pictures.seeds_of([len(runs)])})"
+            pictures.draw(axes, *at_common_steps(runs), looks[name], label)
+        theirs = [row for row in authors if row["task"] == f"{task}-v1"]
         steps, means, spread = ([row[key] for row in theirs] for key in ("step", "return_mean", "return_std"))
         label = "TD3's authors, paper's settings, v1 (mean ± deviation of 10 seeds)"
         axes.errorbar(steps, means, spread, fmt="k.", lw=1, capsize=2, label=label)
-        axes.set(title=f"{name}-v5", xlabel="environment steps")
+        axes.set(title=f"{task}-v5", xlabel="environment steps")
         axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
         pictures.clean(axes)
     panels[0].set_ylabel("return (deterministic policy)")

@@ -56,7 +56,7 @@ def test_documented_runs_run(page, line, finished, tmp_path):
 
 @pytest.mark.parametrize(("page", "line"), commands("./benchmark.sh"))
 def test_documented_benchmarks_expand(page, line):
-    """--dry-run stands first: behind a comment at the line's end it would be lost, and the suite would be run."""
+    """--dry-run stands first: behind a comment at the line's end it would be lost, and the suite run."""
     line = line.replace("./benchmark.sh", "./benchmark.sh --dry-run", 1).replace(",my_method", "")
     environment = {**os.environ, "PYTHON": sys.executable}
     subprocess.run(line, shell=True, cwd=ROOT, env=environment, check=True)

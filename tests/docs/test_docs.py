@@ -31,7 +31,8 @@ def shrink(words: list[str], sizes: dict) -> list[str]:
     return [*words, *(w for n, v in sizes.items() if n != "env-id" for w in (f"--{n}", str(v)))]
 
 
-@pytest.mark.parametrize(("page", "line"), commands("python algos/"))
+# A line that stands on several pages is run once.
+@pytest.mark.parametrize(("line", "page"), {line: page for page, line in commands("python algos/")}.items())
 def test_documented_runs_run(page, line, finished, tmp_path):
     words = shlex.split(line, comments=True)
     name = Path(words[1]).stem

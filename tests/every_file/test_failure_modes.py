@@ -139,7 +139,8 @@ def test_08_entropy_does_not_depend_on_the_units_of_the_action(soft, tmp_path):
 
     entry = lambda **options: Stretched(gym.make("LQR-v0", **options))
     gym.register("Stretched-v0", entry_point=entry, max_episode_steps=20)
-    runs = [run(soft, tmp_path / e, "--env-id", e) for e in ("tests.tasks:LQR-v0", "Stretched-v0")]
+    names = "tests.tasks:LQR-v0", "Stretched-v0"
+    runs = [run(soft, tmp_path / e, "--env-id", e, "--total-timesteps", 160) for e in names]
     gym.registry.pop("Stretched-v0")
     states = [torch.load(folder / "final.pt", weights_only=True) for folder in runs]
     assert torch.equal(states[0]["agent"]["log_alpha"], states[1]["agent"]["log_alpha"])
@@ -156,9 +157,9 @@ def test_09_target_entropy_is_minus_the_action_dimension(soft):
 
 @long
 def test_34_threads_are_those_asked_for(loop, tmp_path):
-    run(loop, tmp_path, "--num-threads", 2)
+    run(loop, tmp_path, "--num-threads", 2, "--total-timesteps", 100)
     assert torch.get_num_threads() == 2
-    run(loop, tmp_path, "--num-threads", 1)
+    run(loop, tmp_path, "--num-threads", 1, "--total-timesteps", 100)
     assert torch.get_num_threads() == 1
 
 

@@ -30,6 +30,7 @@ from tests.conftest import (
     long,
     run,
     scalars,
+    sizes,
     tiny,
 )
 from tests.sabotage import SABOTAGES
@@ -213,8 +214,8 @@ NEEDS |= {"vaml-unbiased": ("--samples", "2"), ("steve", "--tdk"): ("--reduction
 
 
 def choices(name: str) -> list[tuple[str, ...]]:
-    """Every boolean switched and every choice taken; cuda only where there is a GPU."""
-    found = []
+    """Every boolean switched, every choice but what all tiny runs take; cuda only where there is a GPU."""
+    found, usual = [], sizes(name)
     for field in dataclasses.fields(load(name).Args):
         flag = field.name.replace("_", "-")
         if field.type is bool:
@@ -222,7 +223,8 @@ def choices(name: str) -> list[tuple[str, ...]]:
             found.append((flag, *NEEDS.get((name, flag), NEEDS.get(flag, ()))))
         elif typing.get_origin(field.type) is typing.Literal:
             values = typing.get_args(field.type)
-            found += [(f"--{flag}", value, *NEEDS.get(value, ())) for value in values]
+            others = [value for value in values if value != usual.get(flag, field.default)]
+            found += [(f"--{flag}", value, *NEEDS.get(value, ())) for value in others]
     if name not in LOOPS:  # what the loop does with these is one text
         of_the_loop = ("--device", "--capture-video", "--no-cuda-graphs")
         found = [flags for flags in found if flags[0] not in of_the_loop]

@@ -38,6 +38,7 @@ CURVES = {  # picture: (title, folders of docs/results/)
     "InvertedPendulum-v5": ("InvertedPendulum-v5", "foundation/InvertedPendulum-v5"),
     "Swimmer-v5": ("Swimmer-v5", "foundation/Swimmer-v5"),
     "ddpg_mve_cheetah": ("mve/HalfCheetah-v0", "ddpg-mve/experiments.tasks-mve-HalfCheetah-v0"),
+    "ddpg_mve_walker": ("mve/Walker2d-v0", "ddpg-mve/experiments.tasks-mve-Walker2d-v0"),
     "dreamer_masked": (
         "InvertedPendulum without velocities",
         "dreamer/experiments.tasks-masked-InvertedPendulum-v0",
